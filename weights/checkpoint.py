@@ -1,0 +1,193 @@
+"""`Checkpoint`: a folder, a file, a sharded index or a cached Hugging Face id, read one layer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weights import names
+from weights.config import Config, read_config
+from weights.errors import UserError
+from weights.params import Layer, Params
+from weights.safetensors_file import SafetensorsFile
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Buffers that some exporters save beside the weights; they are functions of the config.
+DERIVED = ("rotary_emb.inv_freq",)
+
+
+class Checkpoint:
+    """Lazy, memory-mapped access to one model's tensors, as views [out, in] in the dtype on disk."""
+
+    def __init__(self, folder: Path, config: Config, files: Mapping[str, SafetensorsFile], places: Mapping[str, str]):
+        self.folder = folder
+        self.config = config
+        self.files = files  # file name -> open file
+        self._places = places  # tensor name -> file name
+        _check_tensors(config, self)
+
+    @property
+    def name(self) -> str:
+        """What a person calls the model: its folder's name, or the id of a cached snapshot."""
+        parts = self.folder.parts
+        cached = next((p for p in parts if p.startswith("models--")), None)
+        return cached.removeprefix("models--").replace("--", "/") if cached else self.folder.name
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Every tensor stored, without the derived buffers."""
+        return [name for name in self._places if not name.endswith(DERIVED)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        return self.files[self._places[name]].shape(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype of a stored tensor on disk."""
+        return self.files[self._places[name]].dtype(name)
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A view of rows `start:stop` of one tensor by its checkpoint name."""
+        return self.files[self._places[name]].tensor(name, start, stop)
+
+    def layer(self, index: int) -> Layer:
+        """All parameters of one layer, as views."""
+        rows = names.rows(self.config, per_layer=True)
+        return Layer(**{row.field: self.tensor(row.name.format(layer=index)) for row in rows})
+
+    def embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """[S, D]: only the rows of these token ids are read."""
+        table = self.files[self._places["model.embed_tokens.weight"]]
+        return np.concatenate([table.tensor("model.embed_tokens.weight", int(t), int(t) + 1) for t in tokens])
+
+    def norm(self) -> np.ndarray:
+        """[D]: the weight of the final norm."""
+        return self.tensor("model.norm.weight")
+
+    def head_blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """The output projection [V, D] in blocks of at most `rows` rows, in order."""
+        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        for start in range(0, self.config.vocab_size, rows):
+            yield self.tensor(name, start, start + rows)
+
+    def params(self) -> Params:
+        """The whole model as views; for models that fit."""
+        fields = {row.field: self.tensor(row.name) for row in names.rows(self.config, per_layer=False)}
+        return Params(layers=tuple(self.layer(i) for i in range(self.config.num_hidden_layers)), **fields)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors handed out so far."""
+        return sum(file.bytes_read for file in self.files.values())
+
+    def release(self) -> None:
+        """Give all pages read so far back to the system."""
+        for file in self.files.values():
+            file.release()
+
+    def identity(self, *, whole_files: bool = False) -> list[dict[str, Any]]:
+        """What tells this checkpoint from another: each file's size and the SHA-256 of its header, or of all of it."""
+        return [
+            {"file": name, "size": file.size, **_digest(file, whole_files)} for name, file in sorted(self.files.items())
+        ]
+
+
+def _digest(file: SafetensorsFile, whole: bool) -> dict[str, str]:
+    if not whole:
+        return {"header_sha256": file.header_sha256}
+    with file.path.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open a folder, a `.safetensors` file, an index file, or a Hugging Face id that lies in the local cache.
+
+    Raises `UserError` where there is none, where tensors are missing, unknown or mis-shaped (all of them listed), where
+    a file is truncated, or where an index points outside its folder. Only safetensors are read, never pickles.
+    """
+    path = _locate(model)
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder / "config.json")
+    places = _places(path)
+    files = {name: SafetensorsFile(folder / name) for name in sorted(set(places.values()))}
+    stored = {tensor: name for name, file in files.items() for tensor in file.entries}
+    if path.name != SINGLE and (lost := sorted(t for t, f in places.items() if t and t not in files[f].entries)):
+        raise UserError(f"{folder}: the index names tensors that their shard does not hold: {', '.join(lost)}")
+    return Checkpoint(folder, config, files, stored)
+
+
+def _locate(model: str | Path) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+            return path
+        raise UserError(f"{path}: not a checkpoint; a folder, .safetensors or {INDEX} was expected")
+    if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return _cached(model)
+    raise UserError(f"{model}: no such model; give a folder, a .safetensors file or an id in the Hugging Face cache")
+
+
+def _cached(model_id: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model_id, "config.json")
+    except HFValidationError:
+        found = None
+    if not isinstance(found, str):
+        raise UserError(f"{model_id}: neither a folder here nor an id in the local Hugging Face cache")
+    return Path(found).parent
+
+
+def _places(path: Path) -> dict[str, str]:
+    """Tensor name -> file name; for a single file one entry with an empty tensor name."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return {"": path.name}
+    index = path if path.is_file() else path / INDEX
+    if index.exists():
+        return _read_index(index)
+    if (path / SINGLE).exists():
+        return {"": SINGLE}
+    pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
+    hint = f" ({', '.join(pickles)}: pickle files are never read)" if pickles else ""
+    raise UserError(f"{path}: holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()) or not places:
+            raise TypeError("weight_map must map tensor names to file names")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not a safetensors index: {error!r}") from None
+    for name in sorted(set(places.values())):
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise UserError(f"{index}: names {name!r}, which is not a file of its own folder")
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{index}: names {name!r}; only .safetensors files are read")
+    return places
+
+
+def _check_tensors(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuse missing, unknown and mis-shaped tensors, all listed at once."""
+    wanted, stored = dict(names.expected(config)), set(checkpoint.tensor_names)
+    extra = stored - set(wanted)
+    if config.tie_word_embeddings:
+        extra.discard("lm_head.weight")
+    faults = [f"missing {name} {list(wanted[name])}" for name in wanted if name not in stored]
+    faults += [f"unknown {name} {list(checkpoint.shape(name))}" for name in sorted(extra)]
+    for name in (n for n in wanted if n in stored):
+        if checkpoint.shape(name) != wanted[name]:
+            faults.append(f"{name} has shape {list(checkpoint.shape(name))}, the config wants {list(wanted[name])}")
+        checkpoint.dtype(name)
+    if faults:
+        raise UserError(f"{checkpoint.folder}: tensors do not fit the config: {'; '.join(faults)}")
