@@ -1,18 +1,27 @@
 """Checkpoints into typed parameters: configs, tensor names, safetensors. Imports nothing of the other packages."""
 
+from pathlib import Path
+
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.config import Config, config_from_dict, read_config
 from weights.errors import UserError
 from weights.params import Layer, Params, random_params
+from weights.tokenizer import Tokenizer, open_tokenizer
+
+# A tiny random Qwen2 that needs no download: `python -m weights tiny weights/embedded` made it.
+EMBEDDED = Path(__file__).parent / "embedded"
 
 __all__ = [
+    "EMBEDDED",
     "Checkpoint",
     "Config",
     "Layer",
     "Params",
+    "Tokenizer",
     "UserError",
     "config_from_dict",
     "open_checkpoint",
+    "open_tokenizer",
     "random_params",
     "read_config",
 ]

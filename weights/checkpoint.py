@@ -70,11 +70,15 @@ class Checkpoint:
         """[D]: the weight of the final norm."""
         return self.tensor("model.norm.weight")
 
+    @property
+    def head_name(self) -> str:
+        """The tensor that is the output projection."""
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
     def head_blocks(self, rows: int) -> Iterator[np.ndarray]:
         """The output projection [V, D] in blocks of at most `rows` rows, in order."""
-        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         for start in range(0, self.config.vocab_size, rows):
-            yield self.tensor(name, start, start + rows)
+            yield self.tensor(self.head_name, start, start + rows)
 
     def params(self) -> Params:
         """The whole model as views; for models that fit."""
@@ -92,17 +96,18 @@ class Checkpoint:
             file.release()
 
     def identity(self, *, whole_files: bool = False) -> list[dict[str, Any]]:
-        """What tells this checkpoint from another: each file's size and the SHA-256 of its header, or of all of it."""
+        """What tells this checkpoint from another: each file's size and the SHA-256 of its header, and of all of it."""
         return [
             {"file": name, "size": file.size, **_digest(file, whole_files)} for name, file in sorted(self.files.items())
         ]
 
 
 def _digest(file: SafetensorsFile, whole: bool) -> dict[str, str]:
-    if not whole:
-        return {"header_sha256": file.header_sha256}
-    with file.path.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    digest = {"header_sha256": file.header_sha256}
+    if whole:
+        with file.path.open("rb") as stream:
+            digest["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digest
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

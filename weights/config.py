@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from weights.errors import UserError
 
 MODEL_TYPES = ("qwen2", "qwen3")
 
 # Keys that say nothing about the forward pass of an inference run: bookkeeping, training, generation, tokens.
 HARMLESS = frozenset(
-    """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
+    """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
     decoder_start_token_id dtype eos_token_id finetuning_task id2label initializer_range is_decoder is_encoder_decoder
     keys_to_ignore_at_inference label2id max_position_embeddings name_or_path output_attentions output_hidden_states
     pad_token_id prefix problem_type pruned_heads return_dict sep_token_id task_specific_params tf_legacy_loss
@@ -51,9 +53,10 @@ class RopeScaling:
     truncate: bool = True
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Config:
-    """One model's numbers, by the names of `config.json`; hashable, so that it can be a static argument of `jax.jit`."""
+    """One model's numbers, by the names of `config.json`; hashable and static, so that it passes through `jax.jit`."""
 
     model_type: str
     vocab_size: int  # V
@@ -79,6 +82,16 @@ class Config:
     def qk_norm(self) -> bool:
         """Whether each head of q and k goes through an RMSNorm (Qwen3)."""
         return self.model_type == "qwen3"
+
+    @property
+    def q_width(self) -> int:
+        """H·h: the columns of all query heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """K·h: the columns of all key heads, and of all value heads."""
+        return self.num_key_value_heads * self.head_dim
 
     def window(self, layer: int) -> int | None:
         """The attention window of one layer in positions; None where it sees the whole past."""
@@ -159,7 +172,8 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
     bias_allowed = (True, None) if raw["model_type"] == "qwen2" else (False, None)
     if raw.get("attention_bias") not in bias_allowed:
         faults.append(f"attention_bias = {raw['attention_bias']!r} is not supported for {raw['model_type']}")
-    unknown = sorted(set(raw) - HANDLED - HARMLESS - set(ONLY))
+    # transformers keeps its own bookkeeping under names that begin with an underscore.
+    unknown = sorted(k for k in set(raw) - HANDLED - HARMLESS - set(ONLY) if not k.startswith("_"))
     if unknown:
         faults.append(f"unknown keys that might change the maths: {', '.join(unknown)}")
     if faults:

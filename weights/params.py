@@ -48,6 +48,11 @@ class Params:
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
 
+def layer_names(config: Config, layer: int) -> Layer:
+    """A `Layer` that holds each tensor's checkpoint name in its place."""
+    return Layer(**{row.field: row.name.format(layer=layer) for row in names.rows(config, per_layer=True)})
+
+
 def random_tensors(config: Config, seed: int) -> dict[str, np.ndarray]:
     """Seeded random tensors by checkpoint name, float32, that exercise every part.
 

@@ -1,0 +1,6 @@
+"""The third oracle: a pure-functional forward of Qwen2 and Qwen3 in JAX that returns every intermediate by name."""
+
+from jaxref.model import forward
+from jaxref.stages import STAGES
+
+__all__ = ["STAGES", "forward"]

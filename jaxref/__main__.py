@@ -1,0 +1,108 @@
+"""`python -m jaxref`: dump every intermediate of a forward pass; print the table of stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from weights.cli import run
+
+from jaxref.options import read_request, run_options
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="jaxref", prog_name="jaxref")
+def main() -> None:
+    """The reference forward pass of Qwen2 and Qwen3, with every intermediate."""
+
+
+@main.command()
+@run_options
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--format", "form", type=click.Choice(["aprt", "safetensors"]), default="aprt", show_default=True)
+def dump(**options: Any) -> None:
+    """Run MODEL over a prompt and write every stage of every layer below --output.
+
+    MODEL is a folder, a .safetensors file or an id in the local Hugging Face cache; without it, a tiny built-in model.
+    """
+    begun = time.perf_counter()
+    plan, as_json, quiet = (options.pop(name) for name in ("plan", "as_json", "quiet"))
+    _dump(options, plan=plan, as_json=as_json, quiet=quiet, begun=begun)
+
+
+def _dump(options: dict[str, Any], *, plan: bool, as_json: bool, quiet: bool, begun: float) -> None:
+    output, dtype, device, form, hashing = (
+        options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights")
+    )
+    request = read_request(**options)
+    # Only now: a mistake in the options is told before JAX is imported.
+    from jaxref import show
+    from jaxref.dump import Job, describe_plan
+    from jaxref.dump import dump as write
+    from jaxref.precision import numerics_of
+
+    numerics = numerics_of(dtype)
+    job = Job(
+        request.checkpoint, request.tokens, request.selection, numerics, output, form, request.prompt, hashing
+    )
+    if plan:
+        rows = describe_plan(job)
+        click.echo(json.dumps(show.plan_json(rows, job.selection))) if as_json else show.print_plan(rows, job)
+        return
+    select_device(device)
+    use_compilation_cache()
+    with show.progress_bar(job.selection.depth(), quiet=quiet or as_json) as progress:
+        report = write(job, progress=progress)
+    likeliest = show.next_tokens(report.logits, request.tokenizer)
+    seconds = time.perf_counter() - begun
+    if as_json:
+        facts = {"output": str(output), "manifest": str(report.manifest), "model": job.checkpoint.name}
+        facts |= {"tokens": job.tokens, "dtype": dtype, "files": len(report.files), "bytes": report.size}
+        click.echo(json.dumps(facts | {"next_tokens": likeliest, "seconds": round(seconds, 3)}))
+    elif not quiet:
+        show.print_report(report, job, likeliest, seconds)
+
+
+def select_device(name: str) -> None:
+    """Make JAX compute on the CPU or on a CUDA device. Raises `UserError` where there is none."""
+    import jax
+    from weights import UserError
+
+    try:
+        jax.config.update("jax_default_device", jax.devices(name)[0])
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"--device {name}: JAX finds none ({reason}); pip install 'jaxref[cuda12]' brings CUDA") from None
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled stages between runs, in a folder that is safe to delete; JAX_COMPILATION_CACHE_DIR overrides it."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxref" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@main.command()
+@click.argument("model", required=False)
+def stages(model: str | None) -> None:
+    """Print the table of stages; with MODEL, those that it has, with their shapes."""
+    from weights import open_checkpoint
+
+    from jaxref import show
+
+    show.print_stages(None if model is None else open_checkpoint(model).config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""Checkpoint + tokens → tree of files, with the files written beside the computing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from weights import Checkpoint, UserError
+
+from jaxref.model import Piece
+from jaxref.precision import PRECISION, Numerics
+from jaxref.selection import Selection, take_rows
+from jaxref.stage_file import StageFile
+from jaxref.stages import STAGES
+from jaxref.stream import stream
+from jaxref.tree import SUFFIXES, Tree, stage_path
+
+# Bytes of computed values that may wait for the disk; more, and the computing waits.
+WAITING = 128 << 20
+PACKAGES = ("jaxref", "jax", "jaxlib", "numpy", "ml_dtypes")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dump: what is computed, from which tokens, and where it goes."""
+
+    checkpoint: Checkpoint
+    tokens: list[int]
+    selection: Selection
+    numerics: Numerics
+    output: Path
+    form: str = "aprt"
+    prompt: str | None = None
+    hash_weights: bool = False
+
+    def run(self) -> dict[str, Any]:
+        """What the bytes depend on, as JSON values; the head of the manifest."""
+        device = jax.config.jax_default_device or jax.devices()[0]
+        positions = self.selection.positions
+        return {
+            "producer": "jaxref",
+            "model": self.checkpoint.name,
+            "config": self.checkpoint.config.to_json(),
+            "weights": self.checkpoint.identity(whole_files=self.hash_weights),
+            "tokens": self.tokens,
+            "prompt": self.prompt,
+            "positions": list(positions) if isinstance(positions, tuple) else positions,
+            "dtype": self.numerics.name,
+            "matmul_precision": PRECISION.name,
+            "format": self.form,
+            "device": {"platform": device.platform, "kind": device.device_kind, "cpus": os.cpu_count()},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+
+    def itemsize(self) -> int:
+        """Bytes a number in a file."""
+        return 4 if self.form == "aprt" else self.numerics.compute.itemsize
+
+    def paths(self) -> dict[str, int]:
+        """The files of this dump, each with its place in computation order."""
+        return {stage_path(*key, self.form): i for i, key in enumerate(self.selection.keys())}
+
+
+@dataclass
+class Report:
+    """What a dump did: where the manifest is, its lines, and the logits of the last position where they were computed."""
+
+    manifest: Path
+    files: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0
+    logits: np.ndarray | None = None  # [V]
+
+
+def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **options: Any) -> Report:
+    """Write the tree of a job. Raises `UserError` before anything is written where it can't be.
+
+    `progress` is called with each layer that is done. `warn` among the options takes warnings about weights.
+    """
+    if not job.selection.keys():
+        raise UserError("nothing to write: no stage of this selection exists")
+    if not job.tokens:
+        raise UserError("the prompt is empty; at least one token is needed")
+    if outside := [t for t in job.tokens if not 0 <= t < job.checkpoint.config.vocab_size]:
+        size = job.checkpoint.config.vocab_size
+        raise UserError(f"token ids {outside[:8]} are outside the vocabulary, which has ids 0 to {size - 1}")
+    tree = Tree(job.output, job.run())
+    order = job.paths()
+    tree.check(order, job.selection.size(job.itemsize()))
+    tree.begin()
+    report = Report(job.output)
+    with Writer(job, tree) as writer, job.numerics.context():
+        for layer, piece in stream(
+            job.checkpoint, job.tokens, job.selection, job.numerics, progress=progress, **options
+        ):
+            if piece.stage == "lm_head":
+                report.logits = np.asarray(piece.value)[-1].astype(np.float64)
+            if job.selection.wants(layer, piece.stage):
+                writer.put(layer, piece)
+    report.manifest = tree.finish(order)
+    report.files, report.size = writer.entries, writer.size
+    return report
+
+
+class Writer:
+    """Writes pieces in a thread of its own, in the order they come. A fault there is raised at the next `put`."""
+
+    def __init__(self, job: Job, tree: Tree) -> None:
+        self.job, self.tree = job, tree
+        self.entries: list[dict[str, Any]] = []
+        self.size = 0
+        self._pool = ThreadPoolExecutor(1, "jaxref-write")
+        self._room = threading.Condition()
+        self._waiting = 0
+        self._files: dict[tuple[int | None, str], StageFile] = {}
+        self._failed: BaseException | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def put(self, layer: int | None, piece: Piece) -> None:
+        """Hand over a piece; waits while too much is waiting for the disk."""
+        size = piece.value.nbytes
+        with self._room:
+            self._room.wait_for(lambda: self._failed or not self._waiting or self._waiting + size <= WAITING)
+            if self._failed:
+                raise self._failed
+            self._waiting += size
+        self._pool.submit(self._work, layer, piece)
+
+    def _work(self, layer: int | None, piece: Piece) -> None:
+        try:
+            if not self._failed:
+                self._write(layer, piece)
+        except BaseException as error:  # noqa: BLE001 - carried over to the thread that waits
+            self._failed = error
+        finally:
+            with self._room:
+                self._waiting -= piece.value.nbytes
+                self._room.notify_all()
+
+    def _write(self, layer: int | None, piece: Piece) -> None:
+        stage, selection = STAGES[piece.stage], self.job.selection
+        value = np.asarray(piece.value)
+        if piece.stage != "lm_head":  # the head was computed for the selected rows alone
+            value = take_rows(value, stage, selection.rows(stage), piece.row)
+        if value.shape[stage.row_axis] == 0:
+            return  # a block without any of the selected positions
+        key = (layer, piece.stage)
+        if key not in self._files:
+            shape = selection.shape(stage)
+            self._files[key] = StageFile(self.job.output, stage, layer, shape, self.job.form, value.dtype)
+        if self._files[key].write(value):
+            file = self._files.pop(key)
+            entry = file.close()
+            self.tree.add(entry)
+            self.entries.append(entry)
+            self.size += (self.job.output / entry["path"]).stat().st_size
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._failed = self._failed or InterruptedError()
+        self._pool.shutdown(wait=True)
+        for file in self._files.values():
+            file.discard()
+        if kind is None and self._failed:
+            raise self._failed
+
+
+def describe_plan(job: Job) -> list[dict[str, Any]]:
+    """What the job would write: each stage with its shape, its files and their bytes."""
+    selection, rows = job.selection, []
+    for name in selection.stages:
+        keys = [key for key in selection.keys() if key[1] == name]
+        shape = selection.shape(STAGES[name])
+        size = int(np.prod(shape, dtype=np.int64)) * job.itemsize() * len(keys)
+        rows.append({"stage": name, "shape": list(shape), "axes": list(STAGES[name].axes), "files": len(keys), "bytes": size})
+    return rows
+
+
+__all__ = ["SUFFIXES", "Job", "Report", "Writer", "describe_plan", "dump"]

@@ -1,0 +1,196 @@
+"""The forward pass, as the papers write it: every stage is one jitted function, and each is yielded when it exists.
+
+    embedding → L × (norm → attention → residual → norm → feed-forward → residual) → norm → head
+
+Dimension key: S positions, D hidden_size, V vocab_size; the rest is in `docs/stages.md` and in `jaxref/stages.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from weights import Config, Layer, Params
+
+from jaxref import attention as attn
+from jaxref import ops
+from jaxref.precision import Numerics, numerics_of
+
+Trace = dict[str, Any]  # {"layer-0": {stage: array}, …, "final_norm": [S, D], "lm_head": [S, V]}
+
+# The largest block of attention scores, in numbers: memory grows as S, not as S².
+SCORES_IN_BLOCK = 1 << 24
+# The largest block of the output projection, in numbers: the head never has to fit in memory.
+HEAD_IN_BLOCK = 1 << 24
+
+
+class Piece(NamedTuple):
+    """A stage's value, or its query rows from `row` on where it is made in blocks."""
+
+    stage: str
+    value: Array
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer runs: the model's config, the layer's index, the precision."""
+
+    config: Config
+    layer: int
+    numerics: Numerics
+
+    def rope(self, heads: int, start: int) -> dict[str, Any]:
+        """The settings of `attention.rope` for this model."""
+        config = self.config
+        return {
+            "start": start,
+            "heads": heads,
+            "head_dim": config.head_dim,
+            "theta": config.rope_theta,
+            "scaling": config.rope_scaling,
+            "numerics": self.numerics,
+        }
+
+
+Pieces = Generator[Piece, None, Array]  # what a part yields, and the array it hands on
+
+
+def decoder_layer(layer: Layer, hidden: Array, positions: Array, place: Place) -> Pieces:
+    """One decoder layer [S, D] → [S, D]."""
+    config, numerics = place.config, place.numerics
+    x = ops.rms_norm(hidden, layer.input_layernorm, eps=config.rms_norm_eps, numerics=numerics)
+    yield Piece("attn_norm", x)
+    x = yield from self_attention(layer, x, positions, place)
+    hidden = ops.add(hidden, x, numerics=numerics)
+    yield Piece("post_attn_residual", hidden)
+    x = ops.rms_norm(hidden, layer.post_attention_layernorm, eps=config.rms_norm_eps, numerics=numerics)
+    yield Piece("ffn_norm", x)
+    x = yield from feed_forward(layer, x, numerics)
+    hidden = ops.add(hidden, x, numerics=numerics)
+    yield Piece("post_ffn_residual", hidden)
+    return hidden
+
+
+def self_attention(layer: Layer, x: Array, positions: Array, place: Place) -> Pieces:
+    """Grouped-query attention [S, D] → [S, D]: projections, per-head norms, RoPE, softmax over the past."""
+    config, numerics = place.config, place.numerics
+    qkv = attn.qkv_matmul(
+        x, layer.q_proj, layer.k_proj, layer.v_proj, rounded=not config.qkv_bias, numerics=numerics
+    )
+    yield Piece("qkv_matmul", qkv)
+    if config.qkv_bias:
+        qkv = attn.qkv_bias(qkv, layer.q_bias, layer.k_bias, layer.v_bias, numerics=numerics)
+        yield Piece("qkv_bias", qkv)
+    q, k, k_start = qkv, qkv, config.q_width
+    if config.qk_norm:
+        eps = config.rms_norm_eps
+        q = attn.head_norm(qkv, layer.q_norm, start=0, heads=config.num_attention_heads, eps=eps, numerics=numerics)
+        yield Piece("q_norm", q)
+        k = attn.head_norm(
+            qkv, layer.k_norm, start=k_start, heads=config.num_key_value_heads, eps=eps, numerics=numerics
+        )
+        yield Piece("k_norm", k)
+        k_start = 0
+    q = attn.rope(q, positions, **place.rope(config.num_attention_heads, 0))
+    yield Piece("q_post_rope", q)
+    k = attn.rope(k, positions, **place.rope(config.num_key_value_heads, k_start))
+    yield Piece("k_post_rope", k)
+    x = yield from attend(q, k, qkv, positions, place)
+    yield Piece("attention", x)
+    x = ops.linear(x, layer.o_proj, numerics=numerics)
+    yield Piece("attn_out", x)
+    return x
+
+
+def attend(q: Array, k: Array, qkv: Array, positions: Array, place: Place) -> Pieces:
+    """softmax(q·kᵀ/√h)·v → [S, H·h], by blocks of query rows whose size depends on the shapes alone."""
+    config, numerics = place.config, place.numerics
+    shape = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim, "numerics": numerics}
+    window, v_start = config.window(place.layer), config.q_width + config.kv_width
+    count = q.shape[0]
+    rows = query_rows(config.num_attention_heads, count)
+    mixed = []
+    for row in range(0, count, rows):
+        block = slice(row, row + rows) if rows < count else slice(None)
+        scores = attn.attn_scores(q[block], k, **shape)
+        yield Piece("attn_scores", scores, row)
+        weights = attn.attn_softmax(scores, positions[block], positions, window=window, numerics=numerics)
+        yield Piece("attn_softmax", weights, row)
+        mixed.append(attn.attention(weights, qkv, start=v_start, **shape))
+        del scores, weights
+    return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed)
+
+
+def feed_forward(layer: Layer, x: Array, numerics: Numerics) -> Pieces:
+    """SwiGLU [S, D] → [S, D]."""
+    gate = ops.linear(x, layer.gate_proj, numerics=numerics)
+    yield Piece("ffn_gate", gate)
+    up = ops.linear(x, layer.up_proj, numerics=numerics)
+    yield Piece("ffn_up", up)
+    x = ops.silu(gate, numerics=numerics)
+    yield Piece("ffn_silu", x)
+    x = ops.multiply(x, up, numerics=numerics)
+    yield Piece("ffn_swigl", x)
+    x = ops.linear(x, layer.down_proj, numerics=numerics)
+    yield Piece("ffn_out", x)
+    return x
+
+
+def lm_head(x: Array, blocks: Iterator[Array], numerics: Numerics) -> Array:
+    """[S, D] → [S, V], the output projection given in blocks of the vocabulary."""
+    return jnp.concatenate([ops.linear(x, block, numerics=numerics) for block in blocks], axis=-1)
+
+
+def query_rows(heads: int, count: int) -> int:
+    """How many query rows of `count` positions one block of attention holds."""
+    return min(count, max(1, SCORES_IN_BLOCK // (heads * count)))
+
+
+def head_rows(config: Config) -> int:
+    """How many rows of the output projection one block holds."""
+    return min(config.vocab_size, max(1, HEAD_IN_BLOCK // config.hidden_size))
+
+
+def forward(params: Params, tokens: Array, config: Config, dtype: str = "float32") -> Trace:
+    """Every intermediate of one prefill, for all positions; pure, so that `jax.jit(forward)` works as it stands.
+
+    `tokens` [S] are token ids. Returns a pytree whose paths are those of a dumped tree: `{"layer-0": {"embedding":
+    [S, D], …}, …, "final_norm": [S, D], "lm_head": [S, V]}`, in the dtype of the precision (float32, float64, float16,
+    bfloat16). Raises `UserError` for another dtype.
+    """
+    numerics = numerics_of(dtype)
+    with numerics.context():
+        params = jax.tree.map(lambda w: jnp.asarray(w).astype(numerics.compute), params)
+        tokens = jnp.asarray(tokens)
+        positions = jnp.arange(tokens.shape[0])
+        embedding = hidden = ops.embed(tokens, params.embed_tokens, numerics=numerics)
+        trace: Trace = {}
+        for index, layer in enumerate(params.layers):
+            stages, hidden = _collect(decoder_layer(layer, hidden, positions, Place(config, index, numerics)))
+            trace[f"layer-{index}"] = stages
+        trace["layer-0"]["embedding"] = embedding
+        x = ops.rms_norm(hidden, params.norm, eps=config.rms_norm_eps, numerics=numerics)
+        rows = head_rows(config)
+        blocks = (params.head[i : i + rows] for i in range(0, config.vocab_size, rows))
+        return trace | {"final_norm": x, "lm_head": lm_head(x, blocks, numerics)}
+
+
+def _collect(pieces: Pieces) -> tuple[dict[str, Array], Array]:
+    """Run a part to its end: its stages, whole, and what it hands on."""
+    found: dict[str, list[Array]] = {}
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return {stage: _join(blocks) for stage, blocks in found.items()}, end.value
+        found.setdefault(piece.stage, []).append(piece.value)
+
+
+def _join(blocks: list[Array]) -> Array:
+    """Blocks of query rows [H, rows, S] into one."""
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)

@@ -1,0 +1,121 @@
+"""The options that every command shares that runs a model over a prompt and writes a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint, open_tokenizer
+
+from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
+
+DEFAULT_PROMPT = "What is 2+2?"
+# The default prompt in Qwen2's and Qwen3's vocabulary, for checkpoints without a tokenizer.
+DEFAULT_TOKENS = [3838, 374, 220, 17, 10, 17, 30]
+MANY_TOKENS = 16  # longer lists are not printed whole
+
+_OPTIONS = (
+    click.argument("model", required=False),
+    click.option("--prompt", help="The text, taken raw: no special tokens are added."),
+    click.option("--tokens", help="Token ids, for example 3838,374,220."),
+    click.option("--tokens-file", type=click.Path(path_type=Path), help="A file of token ids, by blanks or commas."),
+    click.option("--chat", is_flag=True, help="Apply the model's chat template to the prompt."),
+    click.option("--stages", default="all", show_default=True, help="all, or a comma list of stage names."),
+    click.option("--layers", default="all", show_default=True, help="all, START..END (END excluded) or 0,3,7."),
+    click.option("--positions", help="all, last or a list like 5,6.  [default: all; lm_head and MoE stages: last]"),
+    click.option("--output", type=click.Path(path_type=Path), default=Path("trace"), show_default=True),
+    click.option("--hash-weights", is_flag=True, help="Note the SHA-256 of whole weight files in the manifest."),
+    click.option("--plan", is_flag=True, help="Say what would be written and how large, and compute nothing."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
+    click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors."),
+)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the argument MODEL and the shared options."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the shared options ask for, checked."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    prompt: str | None
+    tokens: list[int]
+    selection: Selection
+
+
+def read_request(
+    model: str | None,
+    prompt: str | None,
+    tokens: str | None,
+    tokens_file: Path | None,
+    chat: bool,
+    stages: str,
+    layers: str,
+    positions: str | None,
+) -> Request:
+    """Open the model and turn the words into ids, names and numbers. Raises `UserError`."""
+    given = [name for name, value in (("--prompt", prompt), ("--tokens", tokens), ("--tokens-file", tokens_file)) if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other; give one")
+    checkpoint = open_checkpoint(EMBEDDED if model is None else model)
+    tokenizer = open_tokenizer(checkpoint.folder)
+    if tokens_file is not None:
+        tokens = _read_tokens(tokens_file)
+    if tokens is not None:
+        if chat:
+            raise UserError("--chat needs --prompt: token ids are taken as they are")
+        text, ids = None, parse_tokens(tokens)
+    else:
+        text, ids = _encode(prompt, tokenizer, chat, checkpoint)
+    config = checkpoint.config
+    if outside := [t for t in ids if not 0 <= t < config.vocab_size]:
+        raise UserError(f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {config.vocab_size - 1}")
+    selection = Selection(
+        config,
+        len(ids),
+        parse_stages(stages, config),
+        parse_layers(layers, config.num_hidden_layers),
+        parse_positions(positions, len(ids)),
+    )
+    return Request(checkpoint, tokenizer, text, ids, selection)
+
+
+def _encode(
+    prompt: str | None, tokenizer: Tokenizer | None, chat: bool, checkpoint: Checkpoint
+) -> tuple[str, list[int]]:
+    if tokenizer is None:
+        if prompt is not None or chat:
+            raise UserError(f"{checkpoint.folder}: there is no tokenizer; give --tokens instead of --prompt")
+        return DEFAULT_PROMPT, list(DEFAULT_TOKENS)
+    text = DEFAULT_PROMPT if prompt is None else prompt
+    text = tokenizer.chat(text) if chat else text
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise UserError("the prompt is empty; at least one token is needed")
+    return text, ids
+
+
+def _read_tokens(path: Path) -> str:
+    try:
+        return ",".join(path.read_text(encoding="utf-8").replace(",", " ").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as token ids: {error}") from None
+
+
+def parse_tokens(text: str) -> list[int]:
+    """A comma list of token ids. Raises `UserError` where it is empty or holds anything else."""
+    if not text.strip():
+        raise UserError("no token ids; at least one is needed")
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"tokens {text[:60]!r}: whole numbers between commas were expected") from None

@@ -1,0 +1,121 @@
+"""One tensor's file while it is written: whole, or in blocks of query rows, with its digest and its figures."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxref.aprt import aprt_header, safetensors_header
+from jaxref.stages import Stage
+from jaxref.tree import stage_path
+
+CHUNK = 1 << 16  # numbers that stay in the cache while they are summed
+
+
+class Figures:
+    """min, max, mean and rms of the finite values, and how many are NaN or infinite; sums in float64."""
+
+    def __init__(self) -> None:
+        self.count = self.nan = self.inf = 0
+        self.total = self.squares = 0.0
+        self.low, self.high = math.inf, -math.inf
+
+    def add(self, values: np.ndarray) -> None:
+        """Take in the values of an array of floats."""
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, CHUNK):
+            part = flat[start : start + CHUNK]
+            wide = part.astype(np.float64)
+            squares = float(np.dot(wide, wide))
+            if not math.isfinite(squares):
+                finite = np.isfinite(wide)
+                nan = int(np.isnan(wide).sum())
+                self.nan, self.inf = self.nan + nan, self.inf + int((~finite).sum()) - nan
+                wide = wide[finite]
+                squares = float(np.dot(wide, wide))
+            if wide.size:
+                self.low, self.high = min(self.low, float(wide.min())), max(self.high, float(wide.max()))
+            self.total, self.squares, self.count = self.total + float(wide.sum()), self.squares + squares, self.count + wide.size
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; None where no value is finite."""
+        n = self.count
+        return {
+            "min": self.low if n else None,
+            "max": self.high if n else None,
+            "mean": self.total / n if n else None,
+            "rms": math.sqrt(self.squares / n) if n else None,
+            "nan": self.nan,
+            "inf": self.inf,
+        }
+
+
+class StageFile:
+    """Writes one stage of one layer below `folder`. Blocks come as rows of the stage's query axis, in order."""
+
+    def __init__(self, folder: Path, stage: Stage, layer: int | None, shape: tuple[int, ...], form: str, dtype: Any):
+        self.stage, self.layer, self.shape = stage, layer, shape
+        self.dtype = np.dtype(np.float32) if form == "aprt" else np.dtype(dtype)
+        self.path = stage_path(layer, stage.name, form)
+        self._target = folder / self.path
+        self._temporary = self._target.with_name(f".{self._target.name}.tmp")
+        self._header = (
+            aprt_header(layer, shape) if form == "aprt" else safetensors_header(stage.name, layer, shape, self.dtype)
+        )
+        self._figures, self._row, self._digest = Figures(), 0, hashlib.sha256()
+        self._target.parent.mkdir(exist_ok=True)
+        self._file = self._temporary.open("w+b")
+        self._put(self._header)
+
+    def write(self, block: np.ndarray) -> bool:
+        """Write the next rows; True when the tensor is whole."""
+        values = np.ascontiguousarray(block, self.dtype)
+        self._figures.add(values)
+        axis = self.stage.row_axis
+        if values.shape[axis] == self.shape[axis]:
+            self._put(memoryview(values.reshape(-1).view(np.uint8)))
+        else:
+            self._put_rows(values, axis)
+        self._row += values.shape[axis]
+        return self._row == self.shape[axis]
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def _put_rows(self, values: np.ndarray, axis: int) -> None:
+        """A block of rows that do not lie together in the file: one run for each index before the row axis."""
+        runs = values.reshape(math.prod(self.shape[:axis]), -1)
+        whole = math.prod(self.shape[axis:]) * self.dtype.itemsize
+        inner = math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
+        for index, run in enumerate(runs):
+            self._file.seek(len(self._header) + index * whole + self._row * inner)
+            self._file.write(memoryview(run.view(np.uint8)))
+        if self._row + values.shape[axis] == self.shape[axis]:
+            self._file.seek(0)
+            self._digest = hashlib.file_digest(self._file, "sha256")
+
+    def close(self) -> dict[str, Any]:
+        """Rename the file to its name and return its line of the manifest."""
+        self._file.close()
+        os.replace(self._temporary, self._target)
+        return {
+            "path": self.path,
+            "stage": self.stage.name,
+            "layer": self.layer,
+            "shape": list(self.shape),
+            "axes": list(self.stage.axes),
+            "dtype": self.dtype.name,
+            "sha256": self._digest.hexdigest(),
+            **self._figures.to_json(),
+        }
+
+    def discard(self) -> None:
+        """Leave nothing of an unfinished file."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)

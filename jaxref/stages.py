@@ -1,0 +1,266 @@
+"""THE table of stages, in computation order: name, shape, which models have it, its function and where that reads.
+
+`model.py` is the same graph written for people; a test checks that running this table gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jax import Array
+from weights import Config, UserError
+
+from jaxref import attention as attn
+from jaxref import ops
+from jaxref.precision import Numerics
+
+TOKENS, POSITIONS, HIDDEN = "tokens", "positions", "hidden"  # inputs that are not stages of the same layer
+ALIASES = {"layer_output": "post_ffn_residual"}
+QKV = "(H+2K)h"
+DIMENSIONS = {
+    "S": "positions (tokens)",
+    "D": "hidden_size",
+    "H": "query heads",
+    "K": "key/value heads",
+    "h": "head_dim",
+    "F": "intermediate_size",
+    "V": "vocab_size",
+    "L": "layers",
+}
+
+Key = tuple[int | None, str]  # (layer, or None for the whole model; stage)
+Settings = Callable[[Config, int], dict[str, Any]]
+
+
+def _none(config: Config, layer: int) -> dict[str, Any]:
+    return {}
+
+
+def _always(config: Config, layer: int) -> bool:
+    return True
+
+
+def _eps(config: Config, layer: int) -> dict[str, Any]:
+    return {"eps": config.rms_norm_eps}
+
+
+def _head_norm(which: str) -> Settings:
+    def settings(config: Config, layer: int) -> dict[str, Any]:
+        return _part(config, which, packed=True) | _eps(config, layer)
+
+    return settings
+
+
+def _rope(which: str) -> Settings:
+    def settings(config: Config, layer: int) -> dict[str, Any]:
+        part = _part(config, which, packed=not config.qk_norm)
+        return part | {"head_dim": config.head_dim, "theta": config.rope_theta, "scaling": config.rope_scaling}
+
+    return settings
+
+
+def _part(config: Config, which: str, *, packed: bool) -> dict[str, int]:
+    """Where q or k begins in its input, and how many heads it has."""
+    if which == "q":
+        return {"start": 0, "heads": config.num_attention_heads}
+    return {"start": config.q_width if packed else 0, "heads": config.num_key_value_heads}
+
+
+def _shape(config: Config, layer: int) -> dict[str, Any]:
+    return {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row. `inputs` name upstream stages (`a|b`: the first that the model has), `params` fields of Layer or Params.
+
+    `scope` is "layer", "first" (layer 0 only) or "model" (once, layer None). `last`: by default only the last position
+    is written. `settings` gives the function's keyword arguments beside `numerics`.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    meaning: str
+    function: Callable[..., Array]
+    inputs: tuple[str, ...]
+    params: tuple[str, ...] = ()
+    settings: Settings = _none
+    scope: str = "layer"
+    when: Callable[[Config, int], bool] = _always
+    canonical: bool = True
+    last: bool = False
+
+    @property
+    def row_axis(self) -> int:
+        """The axis that counts query positions."""
+        return self.axes.index("S")
+
+    def exists(self, config: Config, layer: int | None) -> bool:
+        """Whether this model has the stage at this layer (None: once for the whole model)."""
+        if (layer is None) != (self.scope == "model"):
+            return False
+        return layer is None or ((self.scope == "layer" or layer == 0) and self.when(config, layer))
+
+    def shape(self, config: Config, count: int, rows: int | None = None) -> tuple[int, ...]:
+        """The shape for `count` positions, with only `rows` of the query positions where that is given."""
+        dims = config.dims() | {"S": count}
+        sizes = [axis_size(axis, dims) for axis in self.axes]
+        if rows is not None:
+            sizes[self.row_axis] = rows
+        return tuple(sizes)
+
+    def upstream(self, config: Config, layer: int | None) -> list[Key | str]:
+        """The keys of the stages this one reads; `tokens` and `positions` as words."""
+        return [_resolve(name, config, layer) for name in self.inputs]
+
+    def run(
+        self, inputs: list[Array], params: Any, config: Config, layer: int | None, numerics: Numerics, **changes: Any
+    ) -> Array:
+        """Replay the stage on anyone's inputs; `changes` replace settings, which is how a hypothesis is tried."""
+        weights = [getattr(params, field) for field in self.params]
+        settings = self.settings(config, layer or 0) | changes
+        return self.function(*inputs, *weights, **settings, numerics=numerics)
+
+
+def axis_size(axis: str, dims: Mapping[str, int]) -> int:
+    """The size of an axis: `Hh` is a product of letters, `(H+2K)h` the one sum."""
+    if axis == QKV:
+        return (dims["H"] + 2 * dims["K"]) * dims["h"]
+    return math.prod(dims[letter] for letter in axis)
+
+
+def _resolve(name: str, config: Config, layer: int | None) -> Key | str:
+    if name in (TOKENS, POSITIONS):
+        return name
+    if name == HIDDEN:
+        before = config.num_hidden_layers if layer is None else layer
+        return (before - 1, "post_ffn_residual") if before else (0, "embedding")
+    for candidate in name.split("|"):
+        if STAGES[candidate].exists(config, layer):
+            return (layer, candidate)
+    raise AssertionError(f"no model has {name} at {layer}")
+
+
+def _table(*rows: Stage) -> dict[str, Stage]:
+    return {row.name: row for row in rows}
+
+
+_QKV_BIASED = "qkv_bias|qkv_matmul"
+
+STAGES: dict[str, Stage] = _table(
+    Stage("embedding", ("S", "D"), "token embedding", ops.embed, (TOKENS,), ("embed_tokens",), scope="first"),
+    Stage("attn_norm", ("S", "D"), "RMSNorm before QKV", ops.rms_norm, (HIDDEN,), ("input_layernorm",), _eps),
+    Stage(
+        "qkv_matmul",
+        ("S", QKV),
+        "q, k and v side by side, before the bias",
+        attn.qkv_matmul,
+        ("attn_norm",),
+        ("q_proj", "k_proj", "v_proj"),
+        lambda config, layer: {"rounded": not config.qkv_bias},
+    ),
+    Stage(
+        "qkv_bias",
+        ("S", QKV),
+        "after the bias, before RoPE",
+        attn.qkv_bias,
+        ("qkv_matmul",),
+        ("q_bias", "k_bias", "v_bias"),
+        when=lambda config, layer: config.qkv_bias,
+    ),
+    Stage(
+        "q_norm",
+        ("S", "Hh"),
+        "q after its per-head RMSNorm, before RoPE",
+        attn.head_norm,
+        (_QKV_BIASED,),
+        ("q_norm",),
+        _head_norm("q"),
+        when=lambda config, layer: config.qk_norm,
+        canonical=False,
+    ),
+    Stage(
+        "k_norm",
+        ("S", "Kh"),
+        "k after its per-head RMSNorm, before RoPE",
+        attn.head_norm,
+        (_QKV_BIASED,),
+        ("k_norm",),
+        _head_norm("k"),
+        when=lambda config, layer: config.qk_norm,
+        canonical=False,
+    ),
+    Stage("q_post_rope", ("S", "Hh"), "q after RoPE", attn.rope, (f"q_norm|{_QKV_BIASED}", POSITIONS), (), _rope("q")),
+    Stage("k_post_rope", ("S", "Kh"), "k after RoPE", attn.rope, (f"k_norm|{_QKV_BIASED}", POSITIONS), (), _rope("k")),
+    Stage(
+        "attn_scores",
+        ("H", "S", "S"),
+        "q·kᵀ/√h, before the causal mask",
+        attn.attn_scores,
+        ("q_post_rope", "k_post_rope"),
+        (),
+        _shape,
+    ),
+    Stage(
+        "attn_softmax",
+        ("H", "S", "S"),
+        "softmax over the keys a query may see",
+        attn.attn_softmax,
+        ("attn_scores", POSITIONS, POSITIONS),
+        (),
+        lambda config, layer: {"window": config.window(layer)},
+    ),
+    Stage(
+        "attention",
+        ("S", "Hh"),
+        "softmax·v, before the output projection",
+        attn.attention,
+        ("attn_softmax", _QKV_BIASED),
+        (),
+        lambda config, layer: _shape(config, layer) | {"start": config.q_width + config.kv_width},
+    ),
+    Stage("attn_out", ("S", "D"), "after the output projection", ops.linear, ("attention",), ("o_proj",)),
+    Stage("post_attn_residual", ("S", "D"), "hidden state after attention", ops.add, (HIDDEN, "attn_out")),
+    Stage(
+        "ffn_norm",
+        ("S", "D"),
+        "RMSNorm before the FFN or router",
+        ops.rms_norm,
+        ("post_attn_residual",),
+        ("post_attention_layernorm",),
+        _eps,
+    ),
+    Stage("ffn_gate", ("S", "F"), "gate projection", ops.linear, ("ffn_norm",), ("gate_proj",)),
+    Stage("ffn_up", ("S", "F"), "up projection", ops.linear, ("ffn_norm",), ("up_proj",)),
+    Stage("ffn_silu", ("S", "F"), "silu(gate)", ops.silu, ("ffn_gate",)),
+    Stage("ffn_swigl", ("S", "F"), "silu(gate)·up", ops.multiply, ("ffn_silu", "ffn_up")),
+    Stage("ffn_out", ("S", "D"), "after the down projection", ops.linear, ("ffn_swigl",), ("down_proj",)),
+    Stage(
+        "post_ffn_residual", ("S", "D"), "hidden state after the FFN", ops.add, ("post_attn_residual", "ffn_out")
+    ),
+    Stage("final_norm", ("S", "D"), "RMSNorm before the head", ops.rms_norm, (HIDDEN,), ("norm",), _eps, "model"),
+    Stage("lm_head", ("S", "V"), "logits", ops.linear, ("final_norm",), ("head",), scope="model", last=True),
+)
+
+
+def stages_of(config: Config, layer: int | None) -> list[Stage]:
+    """The stages of one layer (None: of the whole model), in computation order."""
+    return [stage for stage in STAGES.values() if stage.exists(config, layer)]
+
+
+def keys_of(config: Config) -> list[Key]:
+    """Every stage of the model with its layer, in computation order."""
+    places: list[int | None] = [*range(config.num_hidden_layers), None]
+    return [(layer, stage.name) for layer in places for stage in stages_of(config, layer)]
+
+
+def stage_named(name: str) -> Stage:
+    """Look a stage up by its name or alias, in any case. Raises `UserError` with the valid names."""
+    lowered = name.strip().lower()
+    lowered = ALIASES.get(lowered, lowered)
+    if lowered not in STAGES:
+        raise UserError(f"unknown stage {name.strip()!r}; stages are {', '.join(STAGES)}")
+    return STAGES[lowered]

@@ -1,0 +1,152 @@
+"""A checkpoint run layer by layer: read, compute, hand on, forget, with the next layer read meanwhile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from weights import Checkpoint, Layer
+from weights.params import layer_names
+
+from jaxref import ops
+from jaxref.model import Piece, Pieces, Place, decoder_layer, head_rows
+from jaxref.precision import Numerics
+from jaxref.selection import Selection
+from jaxref.stages import STAGES
+
+Warn = Callable[[str], None]
+ALIGNMENT = 64  # bytes; JAX takes a NumPy array over without a copy where its memory begins on such an address
+
+
+def _warn_on_stderr(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+class Reader:
+    """Reads parameters ahead of the computing, in a thread of its own, in the dtype of the precision."""
+
+    def __init__(self, checkpoint: Checkpoint, numerics: Numerics, warn: Warn) -> None:
+        self.checkpoint, self.numerics, self.warn = checkpoint, numerics, warn
+        self._pool = ThreadPoolExecutor(1, "jaxref-read")
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def ahead(self, jobs: Iterator[Callable[[], Any]]) -> Iterator[Any]:
+        """Results of the jobs in order, one of them always on its way."""
+        job = next(jobs, None)
+        coming = None if job is None else self._pool.submit(job)
+        while coming is not None:
+            ready = coming.result()
+            job = next(jobs, None)
+            coming = None if job is None else self._pool.submit(job)
+            yield ready
+
+    def parameters(self, names: Any, views: Any) -> Any:
+        """Copies of a pytree of views in the compute dtype; the pages they lay on are given back."""
+        loaded = jax.tree.map(self._load, names, views)
+        self.checkpoint.release()
+        return loaded
+
+    def layer(self, index: int) -> Layer:
+        """The parameters of one layer."""
+        return self.parameters(layer_names(self.checkpoint.config, index), self.checkpoint.layer(index))
+
+    def _load(self, name: str, view: np.ndarray) -> Array:
+        copy = _aligned(view.shape, self.numerics.compute)
+        np.copyto(copy, view, casting="unsafe")
+        # One pass: a NaN or an Inf anywhere makes the sum so; only then are they counted.
+        with np.errstate(all="ignore"):
+            suspicious = copy.size and not np.isfinite(copy.sum(dtype=self.numerics.wide))
+        if suspicious:
+            self._report(view, copy, name)
+        with self.numerics.context():
+            return jnp.asarray(copy)
+
+    def _report(self, view: np.ndarray, copy: np.ndarray, name: str) -> None:
+        bad = int((~np.isfinite(copy)).sum())
+        stored = int((~np.isfinite(view.astype(np.float32))).sum())
+        if stored:
+            self.warn(f"{name} holds {stored} values that are NaN or infinite")
+        if bad > stored:
+            self.warn(f"{name}: {bad - stored} values overflow in {self.numerics.name}")
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def stream(
+    checkpoint: Checkpoint,
+    tokens: list[int],
+    selection: Selection,
+    numerics: Numerics,
+    *,
+    warn: Warn = _warn_on_stderr,
+    progress: Callable[[int], None] = lambda layer: None,
+) -> Iterator[tuple[int | None, Piece]]:
+    """Every stage of a prefill with its layer (None: whole model), in computation order, as it comes to exist.
+
+    Computes as many layers as the selection needs. The head is computed for the selected positions alone, so `lm_head`
+    has one row for each of them. Parameters of at most two layers are in memory.
+    """
+    config = checkpoint.config
+    positions = jnp.arange(len(tokens))
+    with Reader(checkpoint, numerics, warn) as reader:
+        hidden = _embed(reader, tokens)
+        yield 0, Piece("embedding", hidden)
+        layers = (partial(reader.layer, i) for i in range(selection.depth()))
+        for index, layer in enumerate(reader.ahead(layers)):
+            hidden = yield from _at(index, decoder_layer(layer, hidden, positions, Place(config, index, numerics)))
+            # Dispatch is asynchronous: without a wait here, all layers would be read before one is computed.
+            hidden.block_until_ready()
+            del layer
+            progress(index)
+        if selection.wants(None, "final_norm") or selection.wants(None, "lm_head"):
+            yield from _head(reader, hidden, selection)
+
+
+def _at(layer: int, pieces: Pieces) -> Generator[tuple[int, Piece], None, Array]:
+    """The pieces of a part with their layer; hands on what the part hands on."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return end.value
+        yield layer, piece
+
+
+def _embed(reader: Reader, tokens: list[int]) -> Array:
+    """[S, D], reading only the rows of these tokens."""
+    ids, places = np.unique(np.asarray(tokens), return_inverse=True)
+    table = reader.parameters("model.embed_tokens.weight", reader.checkpoint.embedding_rows(ids))
+    return ops.embed(jnp.asarray(places), table, numerics=reader.numerics)
+
+
+def _head(reader: Reader, hidden: Array, selection: Selection) -> Iterator[tuple[None, Piece]]:
+    """`final_norm` for all positions and `lm_head` for the selected ones, the head read in blocks."""
+    checkpoint, numerics = reader.checkpoint, reader.numerics
+    weight = reader.parameters("model.norm.weight", checkpoint.norm())
+    x = ops.rms_norm(hidden, weight, eps=checkpoint.config.rms_norm_eps, numerics=numerics)
+    yield None, Piece("final_norm", x)
+    if not selection.wants(None, "lm_head"):
+        return
+    rows = selection.rows(STAGES["lm_head"])
+    x = x if rows is None else x[np.asarray(rows)]
+    views = checkpoint.head_blocks(head_rows(checkpoint.config))
+    blocks = reader.ahead(partial(reader.parameters, checkpoint.head_name, view) for view in views)
+    logits = [np.asarray(ops.linear(x, block, numerics=numerics)) for block in blocks]
+    yield None, Piece("lm_head", np.concatenate(logits, axis=-1))  # type: ignore[arg-type]

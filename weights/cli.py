@@ -1,0 +1,53 @@
+"""How every command line of this project ends: 0, or one line on stderr and 2; 130 after Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from weights.errors import UserError
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a command and leave the process. Any input, however broken, ends in one line, never in a traceback."""
+    # A job scheduler's SIGTERM must leave no half file either.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code: Any = command.main(standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing half-written is left, the same command finishes it", 130)
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is wrong, but Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except click.UsageError as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        _fail(error.format_message() + hint, 2)
+    except (UserError, click.ClickException) as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(_describe(error), 2)
+    except MemoryError as error:
+        _fail(f"not enough memory: {error}", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _describe(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"{error.filename or 'output'}: the disk is full; free some space and run the same command again"
+    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

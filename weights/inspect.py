@@ -1,0 +1,75 @@
+"""What is in a checkpoint, for a person or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from weights import names
+from weights.checkpoint import Checkpoint, open_checkpoint
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Config, tensors and sizes as JSON values; sizes in bytes."""
+    config = checkpoint.config
+    tensors = [
+        {"name": name, "shape": list(checkpoint.shape(name)), "dtype": str(checkpoint.dtype(name))}
+        for name in checkpoint.tensor_names
+    ]
+    return {
+        "name": checkpoint.name,
+        "config": config.to_json(),
+        "files": checkpoint.identity(),
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
+        "tensors": tensors,
+        "largest_layer_bytes": {name: layer_parameters(checkpoint) * size for name, size in _SIZES.items()},
+    }
+
+
+_SIZES = {"float16": 2, "float32": 4, "float64": 8}
+
+
+def layer_parameters(checkpoint: Checkpoint) -> int:
+    """How many numbers one layer holds."""
+    return sum(math.prod(row.shape(checkpoint.config)) for row in names.rows(checkpoint.config, per_layer=True))
+
+
+def show(model: str, *, as_json: bool) -> None:
+    """Print what `describe` found."""
+    checkpoint = open_checkpoint(model)
+    facts = describe(checkpoint)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[b]{facts['name']}[/b]: {facts['parameters']:,} parameters in {len(facts['files'])} file(s)")
+    for key, value in facts["config"].items():
+        console.print(f"  {key} = {_brief(value)}", highlight=False)
+    table = Table("tensor", "shape", "stored as")
+    for name, shape, dtype in _grouped(checkpoint):
+        table.add_row(name, shape, dtype)
+    console.print(table)
+    needs = ", ".join(f"{size / 1e6:,.1f} MB in {name}" for name, size in facts["largest_layer_bytes"].items())
+    console.print(f"A dump holds two layers at a time, one in use and one being read. One layer: {needs}.")
+
+
+def _brief(value: Any) -> str:
+    """A list of equal values in one word."""
+    if isinstance(value, list) and len(value) > 4 and len(set(map(str, value))) == 1:
+        return f"{len(value)} × {value[0]}"
+    return str(value)
+
+
+def _grouped(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
+    """One line a row of the tensor table, the layers told together."""
+    config, lines = checkpoint.config, []
+    for per_layer in (False, True):
+        for row in names.rows(config, per_layer=per_layer):
+            label = row.name.replace("{layer}", f"0…{config.num_hidden_layers - 1}")
+            dtypes = {str(checkpoint.dtype(row.name.format(layer=i))) for i in range(config.num_hidden_layers)}
+            lines.append((label, str(list(row.shape(config))), ", ".join(sorted(dtypes))))
+    return lines
