@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from weights.cli import run
 
 from jaxref.options import read_request, run_options
+from weights.cli import run
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
@@ -50,13 +50,20 @@ def _dump(options: dict[str, Any], *, plan: bool, as_json: bool, quiet: bool, be
 
     numerics = numerics_of(dtype)
     job = Job(
-        request.checkpoint, request.tokens, request.selection, numerics, output, form, request.prompt, hashing
+        request.checkpoint,
+        request.tokens,
+        request.selection,
+        numerics,
+        output,
+        form,
+        request.prompt,
+        hashing,
+        find_device(device),
     )
     if plan:
         rows = describe_plan(job)
         click.echo(json.dumps(show.plan_json(rows, job.selection))) if as_json else show.print_plan(rows, job)
         return
-    select_device(device)
     use_compilation_cache()
     with show.progress_bar(job.selection.depth(), quiet=quiet or as_json) as progress:
         report = write(job, progress=progress)
@@ -70,16 +77,19 @@ def _dump(options: dict[str, Any], *, plan: bool, as_json: bool, quiet: bool, be
         show.print_report(report, job, likeliest, seconds)
 
 
-def select_device(name: str) -> None:
-    """Make JAX compute on the CPU or on a CUDA device. Raises `UserError` where there is none."""
+def find_device(name: str) -> Any:
+    """The CPU or the first CUDA device as JAX knows it. Raises `UserError` where there is none."""
     import jax
+
     from weights import UserError
 
     try:
-        jax.config.update("jax_default_device", jax.devices(name)[0])
+        return jax.devices(name)[0]
     except RuntimeError as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"--device {name}: JAX finds none ({reason}); pip install 'jaxref[cuda12]' brings CUDA") from None
+        raise UserError(
+            f"--device {name}: JAX finds none ({reason}); pip install 'jaxref[cuda12]' brings CUDA"
+        ) from None
 
 
 def use_compilation_cache() -> None:
@@ -97,9 +107,8 @@ def use_compilation_cache() -> None:
 @click.argument("model", required=False)
 def stages(model: str | None) -> None:
     """Print the table of stages; with MODEL, those that it has, with their shapes."""
-    from weights import open_checkpoint
-
     from jaxref import show
+    from weights import open_checkpoint
 
     show.print_stages(None if model is None else open_checkpoint(model).config)
 

@@ -12,11 +12,11 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float, Int
-from weights.config import RopeScaling
 
 from jaxref.ops import normalise
 from jaxref.precision import Numerics
 from jaxref.rope import inverse_frequencies
+from weights.config import RopeScaling
 
 
 def _heads(x: Array, start: int, heads: int, head_dim: int) -> Array:

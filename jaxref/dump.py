@@ -13,15 +13,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from weights import Checkpoint, UserError
 
 from jaxref.model import Piece
-from jaxref.precision import PRECISION, Numerics
+from jaxref.precision import PRECISION, Device, Numerics
 from jaxref.selection import Selection, take_rows
 from jaxref.stage_file import StageFile
 from jaxref.stages import STAGES
 from jaxref.stream import stream
 from jaxref.tree import SUFFIXES, Tree, stage_path
+from weights import Checkpoint, UserError
 
 # Bytes of computed values that may wait for the disk; more, and the computing waits.
 WAITING = 128 << 20
@@ -40,10 +40,11 @@ class Job:
     form: str = "aprt"
     prompt: str | None = None
     hash_weights: bool = False
+    device: Device | None = None  # None: where JAX would compute anyway
 
     def run(self) -> dict[str, Any]:
         """What the bytes depend on, as JSON values; the head of the manifest."""
-        device = jax.config.jax_default_device or jax.devices()[0]
+        device = self.device or jax.devices()[0]
         positions = self.selection.positions
         return {
             "producer": "jaxref",
@@ -71,7 +72,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What a dump did: where the manifest is, its lines, and the logits of the last position where they were computed."""
+    """What a dump did: its manifest and the manifest's lines; the logits of the last position, if computed."""
 
     manifest: Path
     files: list[dict[str, Any]] = field(default_factory=list)
@@ -96,9 +97,9 @@ def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **op
     tree.check(order, job.selection.size(job.itemsize()))
     tree.begin()
     report = Report(job.output)
-    with Writer(job, tree) as writer, job.numerics.context():
+    with Writer(job, tree) as writer, job.numerics.context(), jax.default_device(job.device):
         for layer, piece in stream(
-            job.checkpoint, job.tokens, job.selection, job.numerics, progress=progress, **options
+            job.checkpoint, job.tokens, job.selection, job.numerics, job.device, progress=progress, **options
         ):
             if piece.stage == "lm_head":
                 report.logits = np.asarray(piece.value)[-1].astype(np.float64)
@@ -181,7 +182,9 @@ def describe_plan(job: Job) -> list[dict[str, Any]]:
         keys = [key for key in selection.keys() if key[1] == name]
         shape = selection.shape(STAGES[name])
         size = int(np.prod(shape, dtype=np.int64)) * job.itemsize() * len(keys)
-        rows.append({"stage": name, "shape": list(shape), "axes": list(STAGES[name].axes), "files": len(keys), "bytes": size})
+        rows.append(
+            {"stage": name, "shape": list(shape), "axes": list(STAGES[name].axes), "files": len(keys), "bytes": size}
+        )
     return rows
 
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from weights import Config, Layer, Params
 
 from jaxref import attention as attn
 from jaxref import ops
 from jaxref.precision import Numerics, numerics_of
+from weights import Config, Layer, Params
 
 Trace = dict[str, Any]  # {"layer-0": {stage: array}, …, "final_norm": [S, D], "lm_head": [S, V]}
 
@@ -79,9 +79,7 @@ def decoder_layer(layer: Layer, hidden: Array, positions: Array, place: Place) -
 def self_attention(layer: Layer, x: Array, positions: Array, place: Place) -> Pieces:
     """Grouped-query attention [S, D] → [S, D]: projections, per-head norms, RoPE, softmax over the past."""
     config, numerics = place.config, place.numerics
-    qkv = attn.qkv_matmul(
-        x, layer.q_proj, layer.k_proj, layer.v_proj, rounded=not config.qkv_bias, numerics=numerics
-    )
+    qkv = attn.qkv_matmul(x, layer.q_proj, layer.k_proj, layer.v_proj, rounded=not config.qkv_bias, numerics=numerics)
     yield Piece("qkv_matmul", qkv)
     if config.qkv_bias:
         qkv = attn.qkv_bias(qkv, layer.q_bias, layer.k_bias, layer.v_bias, numerics=numerics)

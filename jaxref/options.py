@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint, open_tokenizer
 
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
+from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint, open_tokenizer
 
 DEFAULT_PROMPT = "What is 2+2?"
 # The default prompt in Qwen2's and Qwen3's vocabulary, for checkpoints without a tokenizer.
@@ -63,7 +63,11 @@ def read_request(
     positions: str | None,
 ) -> Request:
     """Open the model and turn the words into ids, names and numbers. Raises `UserError`."""
-    given = [name for name, value in (("--prompt", prompt), ("--tokens", tokens), ("--tokens-file", tokens_file)) if value is not None]
+    given = [
+        name
+        for name, value in (("--prompt", prompt), ("--tokens", tokens), ("--tokens-file", tokens_file))
+        if value is not None
+    ]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
     checkpoint = open_checkpoint(EMBEDDED if model is None else model)
@@ -78,7 +82,9 @@ def read_request(
         text, ids = _encode(prompt, tokenizer, chat, checkpoint)
     config = checkpoint.config
     if outside := [t for t in ids if not 0 <= t < config.vocab_size]:
-        raise UserError(f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {config.vocab_size - 1}")
+        raise UserError(
+            f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {config.vocab_size - 1}"
+        )
     selection = Selection(
         config,
         len(ids),

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
 from weights import UserError
 
 # Without it, JAX on an NVIDIA GPU multiplies in TF32, with ten bits of mantissa.
+Device = Any  # a jax.Device, whose class is private
 PRECISION = lax.Precision.HIGHEST
 
 

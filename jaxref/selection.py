@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from weights import Config, UserError
 
 from jaxref.stages import STAGES, Key, Stage, keys_of, stage_named
+from weights import Config, UserError
 
 
 def parse_stages(text: str, config: Config) -> tuple[str, ...]:

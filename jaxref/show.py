@@ -11,12 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from weights import Config, Tokenizer
 
 from jaxref.dump import Job, Report
 from jaxref.selection import Selection
 from jaxref.stages import DIMENSIONS, STAGES, Stage
 from jaxref.tree import stage_path
+from weights import Config, Tokenizer
 
 LIKELIEST = 5
 
@@ -70,8 +70,8 @@ def print_plan(rows: list[dict[str, Any]], job: Job) -> None:
         table.add_row(row["stage"], _plain(axes), _plain(shape), str(row["files"]), human(row["bytes"]))
     out = console()
     out.print(table)
-    files, size = sum(row["files"] for row in rows), sum(row["bytes"] for row in rows)
-    out.print(f"{job.checkpoint.name}, {len(job.tokens)} tokens: {files} files, {human(size)} into {job.output}; nothing is written yet.")
+    files, size = sum(row["files"] for row in rows), human(sum(row["bytes"] for row in rows))
+    out.print(f"{job.checkpoint.name}, {len(job.tokens)} tokens: {files} files, {size} into {job.output}; not written.")
 
 
 def _plain(text: str) -> str:
@@ -94,7 +94,9 @@ def print_report(report: Report, job: Job, likeliest: list[dict[str, Any]], seco
         out.print("APRT holds float32: the float64 values were rounded once. --format safetensors keeps them.")
     for entry in report.files:
         if entry["nan"] or entry["inf"]:
-            out.print(f"[b]{entry['path']}[/b] is the first with {entry['nan']} NaN and {entry['inf']} infinite values.")
+            out.print(
+                f"[b]{entry['path']}[/b] is the first with {entry['nan']} NaN and {entry['inf']} infinite values."
+            )
             break
     for place, token in enumerate(likeliest, start=1):
         text = "" if token["text"] is None else f" {token['text']!r}"
@@ -130,7 +132,9 @@ def print_stages(config: Config | None) -> None:
     for stage in STAGES.values():
         where = "model" if stage.scope == "model" else _layers_of(stage, config)
         if where:
-            table.add_row(stage.name, "canonical" if stage.canonical else "extension", _shape(stage, config), where, stage.meaning)
+            table.add_row(
+                stage.name, "canonical" if stage.canonical else "extension", _shape(stage, config), where, stage.meaning
+            )
     out = console()
     out.print(table)
     out.print("\n" + " · ".join(f"{letter} {meaning}" for letter, meaning in DIMENSIONS.items()))

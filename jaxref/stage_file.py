@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,11 @@ class Figures:
                 squares = float(np.dot(wide, wide))
             if wide.size:
                 self.low, self.high = min(self.low, float(wide.min())), max(self.high, float(wide.max()))
-            self.total, self.squares, self.count = self.total + float(wide.sum()), self.squares + squares, self.count + wide.size
+            self.total, self.squares, self.count = (
+                self.total + float(wide.sum()),
+                self.squares + squares,
+                self.count + wide.size,
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; None where no value is finite."""
@@ -58,7 +61,9 @@ class Figures:
 class StageFile:
     """Writes one stage of one layer below `folder`. Blocks come as rows of the stage's query axis, in order."""
 
-    def __init__(self, folder: Path, stage: Stage, layer: int | None, shape: tuple[int, ...], form: str, dtype: Any):
+    def __init__(
+        self, folder: Path, stage: Stage, layer: int | None, shape: tuple[int, ...], form: str, dtype: Any
+    ) -> None:
         self.stage, self.layer, self.shape = stage, layer, shape
         self.dtype = np.dtype(np.float32) if form == "aprt" else np.dtype(dtype)
         self.path = stage_path(layer, stage.name, form)
@@ -78,7 +83,7 @@ class StageFile:
         self._figures.add(values)
         axis = self.stage.row_axis
         if values.shape[axis] == self.shape[axis]:
-            self._put(memoryview(values.reshape(-1).view(np.uint8)))
+            self._put(values.reshape(-1).view(np.uint8).data)
         else:
             self._put_rows(values, axis)
         self._row += values.shape[axis]
@@ -95,7 +100,7 @@ class StageFile:
         inner = math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
         for index, run in enumerate(runs):
             self._file.seek(len(self._header) + index * whole + self._row * inner)
-            self._file.write(memoryview(run.view(np.uint8)))
+            self._file.write(run.view(np.uint8).data)
         if self._row + values.shape[axis] == self.shape[axis]:
             self._file.seek(0)
             self._digest = hashlib.file_digest(self._file, "sha256")
@@ -103,7 +108,7 @@ class StageFile:
     def close(self) -> dict[str, Any]:
         """Rename the file to its name and return its line of the manifest."""
         self._file.close()
-        os.replace(self._temporary, self._target)
+        self._temporary.replace(self._target)
         return {
             "path": self.path,
             "stage": self.stage.name,

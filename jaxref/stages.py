@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax import Array
-from weights import Config, UserError
 
 from jaxref import attention as attn
 from jaxref import ops
 from jaxref.precision import Numerics
+from weights import Config, UserError
 
 TOKENS, POSITIONS, HIDDEN = "tokens", "positions", "hidden"  # inputs that are not stages of the same layer
 ALIASES = {"layer_output": "post_ffn_residual"}
@@ -238,9 +238,7 @@ STAGES: dict[str, Stage] = _table(
     Stage("ffn_silu", ("S", "F"), "silu(gate)", ops.silu, ("ffn_gate",)),
     Stage("ffn_swigl", ("S", "F"), "silu(gate)·up", ops.multiply, ("ffn_silu", "ffn_up")),
     Stage("ffn_out", ("S", "D"), "after the down projection", ops.linear, ("ffn_swigl",), ("down_proj",)),
-    Stage(
-        "post_ffn_residual", ("S", "D"), "hidden state after the FFN", ops.add, ("post_attn_residual", "ffn_out")
-    ),
+    Stage("post_ffn_residual", ("S", "D"), "hidden state after the FFN", ops.add, ("post_attn_residual", "ffn_out")),
     Stage("final_norm", ("S", "D"), "RMSNorm before the head", ops.rms_norm, (HIDDEN,), ("norm",), _eps, "model"),
     Stage("lm_head", ("S", "V"), "logits", ops.linear, ("final_norm",), ("head",), scope="model", last=True),
 )

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from weights import Checkpoint, Layer
-from weights.params import layer_names
 
 from jaxref import ops
 from jaxref.model import Piece, Pieces, Place, decoder_layer, head_rows
-from jaxref.precision import Numerics
+from jaxref.precision import Device, Numerics
 from jaxref.selection import Selection
 from jaxref.stages import STAGES
+from weights import Checkpoint, Layer
+from weights.params import layer_names
 
 Warn = Callable[[str], None]
 ALIGNMENT = 64  # bytes; JAX takes a NumPy array over without a copy where its memory begins on such an address
@@ -32,8 +32,8 @@ def _warn_on_stderr(message: str) -> None:
 class Reader:
     """Reads parameters ahead of the computing, in a thread of its own, in the dtype of the precision."""
 
-    def __init__(self, checkpoint: Checkpoint, numerics: Numerics, warn: Warn) -> None:
-        self.checkpoint, self.numerics, self.warn = checkpoint, numerics, warn
+    def __init__(self, checkpoint: Checkpoint, numerics: Numerics, device: Device | None, warn: Warn) -> None:
+        self.checkpoint, self.numerics, self.device, self.warn = checkpoint, numerics, device, warn
         self._pool = ThreadPoolExecutor(1, "jaxref-read")
 
     def __enter__(self) -> Reader:
@@ -71,7 +71,7 @@ class Reader:
         if suspicious:
             self._report(view, copy, name)
         with self.numerics.context():
-            return jnp.asarray(copy)
+            return jax.device_put(copy, self.device)
 
     def _report(self, view: np.ndarray, copy: np.ndarray, name: str) -> None:
         bad = int((~np.isfinite(copy)).sum())
@@ -94,6 +94,7 @@ def stream(
     tokens: list[int],
     selection: Selection,
     numerics: Numerics,
+    device: Device | None = None,
     *,
     warn: Warn = _warn_on_stderr,
     progress: Callable[[int], None] = lambda layer: None,
@@ -105,7 +106,7 @@ def stream(
     """
     config = checkpoint.config
     positions = jnp.arange(len(tokens))
-    with Reader(checkpoint, numerics, warn) as reader:
+    with Reader(checkpoint, numerics, device, warn) as reader:
         hidden = _embed(reader, tokens)
         yield 0, Piece("embedding", hidden)
         layers = (partial(reader.layer, i) for i in range(selection.depth()))

@@ -25,7 +25,9 @@ DERIVED = ("rotary_emb.inv_freq",)
 class Checkpoint:
     """Lazy, memory-mapped access to one model's tensors, as views [out, in] in the dtype on disk."""
 
-    def __init__(self, folder: Path, config: Config, files: Mapping[str, SafetensorsFile], places: Mapping[str, str]):
+    def __init__(
+        self, folder: Path, config: Config, files: Mapping[str, SafetensorsFile], places: Mapping[str, str]
+    ) -> None:
         self.folder = folder
         self.config = config
         self.files = files  # file name -> open file

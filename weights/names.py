@@ -25,6 +25,7 @@ class TensorRow:
 
     @property
     def per_layer(self) -> bool:
+        """Whether every layer has one."""
         return "{layer}" in self.name
 
     def applies(self, config: Config) -> bool:
