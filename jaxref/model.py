@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxref import attention as attn
 from jaxref import ops
@@ -154,7 +155,7 @@ def head_rows(config: Config) -> int:
     return min(config.vocab_size, max(1, HEAD_IN_BLOCK // config.hidden_size))
 
 
-def forward(params: Params, tokens: Array, config: Config, dtype: str = "float32") -> Trace:
+def forward(params: Params, tokens: ArrayLike, config: Config, dtype: str = "float32") -> Trace:
     """Every intermediate of one prefill, for all positions; pure, so that `jax.jit(forward)` works as it stands.
 
     `tokens` [S] are token ids. Returns a pytree whose paths are those of a dumped tree: `{"layer-0": {"embedding":

@@ -41,8 +41,9 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     except ValueError:
         raise UserError(f"layers {text!r}: all, START..END or a comma list like 0,3,7 was expected") from None
     # A range of billions is refused by its ends, not walked through.
-    if min(layers[0], layers[-1], *([] if isinstance(layers, range) else layers)) < 0 or max(layers) >= count:
-        raise UserError(f"layers {text!r}: this model has layers 0..{count} (0 to {count - 1})")
+    ends = (layers[0], layers[-1]) if isinstance(layers, range) else layers
+    if min(ends) < 0 or max(ends) >= count:
+        raise UserError(f"layers {text!r}: this model has layers 0 to {count - 1}, that is 0..{count}")
     return tuple(sorted(set(layers)))
 
 

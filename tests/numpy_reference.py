@@ -3,8 +3,7 @@
 It shares no code with the package under test and keeps every stage of the contract, always for all positions.
 Sources: Qwen2 (arXiv 2407.10671), Qwen3 (2505.09388), attention (1706.03762), GQA (2305.13245), RMSNorm (1910.07467),
 RoPE (2104.09864), YaRN (2309.00071), SwiGLU (2002.05202), sparse experts (1701.06538).
-Dimension key: S positions, D hidden, H query heads, K kv heads, h head_dim, F FFN, E experts, A active experts,
-M expert FFN, V vocabulary. A checkpoint matrix is [out, in], so a projection is `x @ W.T`.
+Sizes S D H K h F E A M V are those of the contract's key. A checkpoint matrix is [out, in]: a projection is `x @ W.T`.
 """
 
 import math
@@ -48,21 +47,22 @@ def forward(tensors: Tensors, config: Config, tokens: Sequence[int]) -> dict[str
         ffn, inside = moe_block(weights, config, x) if is_moe_layer(config, layer) else dense_block(weights, x)
         hidden = hidden + ffn
         result[f"layer-{layer}"] = stages | inside | {"post_ffn_residual": hidden}
-    tied = config.get("tie_word_embeddings", False)
-    head = model("embed_tokens.weight") if tied else Weights(tensors, "")("lm_head.weight")
+    head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
     result["final_norm"] = rms_norm(hidden, model("norm.weight"), eps)
-    return result | {"lm_head": result["final_norm"] @ head.T}
+    return result | {"lm_head": result["final_norm"] @ Weights(tensors, "")(head).T}
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """x / sqrt(mean(x²) + eps) · gain over the last axis (RMSNorm paper), for [S,D] and, per head, [S,heads,h]."""
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * gain
+    mean_square: Array = (x * x).mean(axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + eps) * gain
 
 
 def softmax(x: Array) -> Array:
     """exp(x) / Σ exp(x) over the last axis; -inf becomes an exact 0. The maximum is taken out so nothing overflows."""
-    powers = np.exp(x - x.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    powers: Array = np.exp(x - x.max(axis=-1, keepdims=True))
+    total: Array = powers.sum(axis=-1, keepdims=True)
+    return powers / total
 
 
 def sigmoid(x: Array) -> Array:
@@ -73,35 +73,26 @@ def sigmoid(x: Array) -> Array:
 def rope_frequencies(config: Config, head_dim: int) -> tuple[Array, float]:
     """Radians by which one position turns each pair, θ^(-2i/h) as [h/2] (RoPE paper), and the factor on cos and sin.
 
-    `rope_theta` beside `rope_scaling` is the older spelling, `rope_parameters` with both inside the newer one.
-    Linear scaling (2306.15595) divides the positions, which is to divide the frequencies.
+    `rope_parameters` is the newer spelling of `rope_scaling` and `rope_theta`. "linear": 2306.15595, positions divided.
     """
     rope = {"rope_theta": config.get("rope_theta", 10000.0)}
     rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
     frequencies = float(rope["rope_theta"]) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    match rope.get("rope_type") or rope.get("type") or "default":
-        case "default":
-            return frequencies, 1.0
-        case "linear":
-            return frequencies / rope["factor"], 1.0
-        case "yarn":
-            return yarn(frequencies, rope, config)
-        case other:
-            raise ValueError(f"rope type {other!r} is not part of this reference")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear", "yarn") or rope.get("mscale"):
+        raise ValueError(f"this rotary scaling is not part of the reference: {rope}")
+    slower = frequencies / rope["factor"] if kind == "linear" else frequencies
+    return yarn(frequencies, rope, config) if kind == "yarn" else (slower, 1.0)
 
 
 def yarn(frequencies: Array, rope: Config, config: Config) -> tuple[Array, float]:
     """YaRN paper, "NTK-by-parts": fast pairs kept, slow ones interpolated, a ramp between; and the attention factor."""
     head_dim, limit = 2 * len(frequencies), config["max_position_embeddings"]
-    key = "original_max_position_embeddings"
-    trained = config.get(key) or rope.get(key) or limit
+    trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or limit
     factor = rope.get("factor") or limit / trained
 
     def pair_turning(rotations: float) -> float:  # the (fractional) pair that turns so often over the trained length
         return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
-
-    def magnitude(scale: float) -> float:  # goes on q and on k alike: their product carries its square, the 1/t
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     # The paper's ramp is linear in the rotations; the released code's, which checkpoints follow, in the pair's index.
     low, high = pair_turning(rope.get("beta_fast") or 32), pair_turning(rope.get("beta_slow") or 1)
@@ -109,10 +100,8 @@ def yarn(frequencies: Array, rope: Config, config: Config) -> tuple[Array, float
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     slow = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0.0, 1.0)
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        attention_factor = magnitude(scale) / magnitude(scale_all) if scale and scale_all else magnitude(1.0)
+    # The factor goes on q and on k alike, so that scores carry its square: the paper's 1/t.
+    attention_factor = rope.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0
     return frequencies * (1 - slow) + frequencies / factor * slow, attention_factor
 
 
@@ -124,34 +113,29 @@ def rotate(x: Array, frequencies: Array, factor: float) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def window_of(config: Config, layer: int) -> int | None:
-    """How many positions, its own included, a query of this layer looks back on; None is all of them.
+def visible(config: Config, layer: int, length: int) -> NDArray[np.bool_]:
+    """Mask [S,S], True where the query (row) may look: never ahead, in a windowed layer fewer than `window` back.
 
-    `layer_types` says it outright. Without it each family has its own rule, that of its Hugging Face definition.
+    `layer_types` says which layers are windowed; without it each family has the rule of its Hugging Face definition.
     """
+    back = np.arange(length)[:, None] - np.arange(length)
     window, split = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
     if not config.get("use_sliding_window") or window is None:
-        return None
-    if types := config.get("layer_types"):
-        return window if types[layer] == "sliding_attention" else None
+        return back >= 0
     rules = {"qwen3_moe": True, "qwen2_moe": layer % 2 == 0 and layer < split}
-    return window if rules.get(config.get("model_type", ""), layer >= split) else None
-
-
-def visible(length: int, window: int | None) -> NDArray[np.bool_]:
-    """Mask [S,S], True where the query (row) may look: never ahead, and fewer than `window` positions back."""
-    back = np.arange(length)[:, None] - np.arange(length)
-    return (back >= 0) & (back < (window or length))
+    windowed = rules.get(config.get("model_type", ""), layer >= split)
+    if types := config.get("layer_types"):
+        windowed = types[layer] == "sliding_attention"
+    return (back >= 0) & (back < window) if windowed else back >= 0
 
 
 def attention_block(weights: Weights, config: Config, layer: int, x: Array) -> Stages:
     """Grouped-query causal attention on the normalised [S,D]: the stages from qkv_matmul to attn_out."""
-    S, H, sides = len(x), config["num_attention_heads"], ("q", "k", "v")
-    K = config.get("num_key_value_heads") or H
-    qkv = np.concatenate([x @ weights(f"self_attn.{side}_proj.weight").T for side in sides], axis=-1)
+    S, H, K = len(x), config["num_attention_heads"], config["num_key_value_heads"]
+    qkv = np.concatenate([x @ weights(f"self_attn.{side}_proj.weight").T for side in "qkv"], axis=-1)
     stages: Stages = {"qkv_matmul": qkv}
     if "self_attn.q_proj.bias" in weights:  # Qwen2
-        qkv = stages["qkv_bias"] = qkv + np.concatenate([weights(f"self_attn.{side}_proj.bias") for side in sides])
+        qkv = stages["qkv_bias"] = qkv + np.concatenate([weights(f"self_attn.{side}_proj.bias") for side in "qkv"])
     h = config.get("head_dim") or qkv.shape[-1] // (H + 2 * K)
     q, k, v = np.split(qkv.reshape(S, H + 2 * K, h), [H, H + K], axis=1)
     if "self_attn.q_norm.weight" in weights:  # Qwen3
@@ -161,7 +145,7 @@ def attention_block(weights: Weights, config: Config, layer: int, x: Array) -> S
     q, k = (rotate(y, *rope_frequencies(config, h)) for y in (q, k))
     stages |= {"q_post_rope": q.reshape(S, H * h), "k_post_rope": k.reshape(S, K * h)}
     scores = np.stack([q[:, j] @ k[:, j // (H // K)].T / math.sqrt(h) for j in range(H)])
-    shares = softmax(np.where(visible(S, window_of(config, layer)), scores, -np.inf))
+    shares = softmax(np.where(visible(config, layer, S), scores, -np.inf))
     mixed = np.concatenate([shares[j] @ v[:, j // (H // K)] for j in range(H)], axis=-1)
     out = mixed @ weights("self_attn.o_proj.weight").T
     if "self_attn.o_proj.bias" in weights:  # a Qwen3 with attention_bias
@@ -183,18 +167,16 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> dict[str, Array]:
     return {"gate": gated, "up": upped, "silu": silu, "swigl": silu * upped, "out": (silu * upped) @ down.T}
 
 
-def matrices(weights: Weights, prefix: str) -> tuple[Array, Array, Array]:
+def matrices(weights: Weights, prefix: str) -> list[Array]:
     """Gate [F,D], up [F,D] and down [D,F] of the feed-forward network below one name."""
-    gate, up, down = (weights(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
-    return gate, up, down
+    return [weights(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down")]
 
 
-def expert_matrices(weights: Weights, expert: int) -> tuple[Array, Array, Array]:
+def expert_matrices(weights: Weights, expert: int) -> list[Array]:
     """Gate [M,D], up [M,D] and down [D,M] of one expert, stored stacked (gate above up) or one tensor each."""
     if "mlp.experts.gate_up_proj" not in weights:
         return matrices(weights, f"mlp.experts.{expert}.")
-    gate, up = np.split(weights("mlp.experts.gate_up_proj", expert), 2)
-    return gate, up, weights("mlp.experts.down_proj", expert)
+    return [*np.split(weights("mlp.experts.gate_up_proj", expert), 2), weights("mlp.experts.down_proj", expert)]
 
 
 def dense_block(weights: Weights, x: Array) -> tuple[Array, Stages]:

@@ -139,7 +139,7 @@ def config_from_dict(raw: dict[str, Any]) -> Config:
     get = _Reader(raw)
     heads, layers = get.count("num_attention_heads"), get.count("num_hidden_layers")
     hidden = get.count("hidden_size")
-    window = get.count("sliding_window") if raw.get("use_sliding_window") and raw.get("sliding_window") else None
+    window = get.count("sliding_window") if get.flag("use_sliding_window") and raw.get("sliding_window") else None
     theta, scaling = _rope(raw)
     config = Config(
         model_type=model_type,
@@ -152,7 +152,7 @@ def config_from_dict(raw: dict[str, Any]) -> Config:
         head_dim=get.count("head_dim", _default_head_dim(model_type, hidden, heads)),
         rms_norm_eps=get.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=get.flag("tie_word_embeddings"),
         layer_types=_layer_types(raw, layers, window),
         sliding_window=window,
         rope_scaling=scaling,
@@ -193,6 +193,13 @@ class _Reader:
             raise UserError(f"{key} must be a positive whole number, not {value!r}")
         return value
 
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise UserError(f"{key} must be true or false, not {value!r}")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key)
         value = default if value is None else value
@@ -210,7 +217,7 @@ def _layer_types(raw: dict[str, Any], layers: int, window: int | None) -> tuple[
     """As stated; else sliding from `max_window_layers` on, where a window is in use (configuration_qwen2.py)."""
     stated = raw.get("layer_types")
     if stated is None:
-        first = raw.get("max_window_layers", 28)
+        first = _Reader(raw).number("max_window_layers", 28) if raw.get("max_window_layers") != 0 else 0
         return tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(layers))
     known = ("full_attention", "sliding_attention")
     if not isinstance(stated, list) or len(stated) != layers or any(t not in known for t in stated):
@@ -227,14 +234,14 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if stated is not None and not isinstance(stated, dict):
         raise UserError(f"rope_scaling/rope_parameters must be an object, not {stated!r}")
     stated = dict(stated or {})
-    thetas = {float(t) for t in (raw.get("rope_theta"), stated.pop("rope_theta", None)) if t is not None}
-    if len(thetas) > 1:
-        raise UserError(f"rope_theta and rope_parameters.rope_theta disagree: {sorted(thetas)}")
-    theta = _Reader({"rope_theta": next(iter(thetas), None)}).number("rope_theta", 10000.0)
-    kinds = {stated.pop("rope_type", None), stated.pop("type", None)} - {None}
-    if len(kinds) > 1:
-        raise UserError(f"rope_scaling names two types: {sorted(kinds)}")
-    kind = next(iter(kinds), "default")
+    outer, inner = raw.get("rope_theta"), stated.pop("rope_theta", None)
+    theta = _Reader({"rope_theta": inner if outer is None else outer}).number("rope_theta", 10000.0)
+    if None not in (outer, inner) and outer != inner:
+        raise UserError(f"rope_theta and rope_parameters.rope_theta disagree: {outer} and {inner}")
+    kinds = [k for k in (stated.pop("rope_type", None), stated.pop("type", None)) if k is not None]
+    kind = kinds[0] if kinds else "default"
+    if kinds and kinds != [kind] * len(kinds):
+        raise UserError(f"rope_scaling names two types: {kinds}")
     if kind == "default":
         if stated:
             raise UserError(f"rope_scaling has keys without a type that uses them: {', '.join(sorted(stated))}")
@@ -256,7 +263,7 @@ def _scaling(kind: str, stated: dict[str, Any], raw: dict[str, Any]) -> RopeScal
             "mscale_all_dim",
         },
     }
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise UserError(f"rope_scaling type {kind!r} is not supported (only {', '.join(known)})")
     if set(stated) - known[kind]:
         raise UserError(f"rope_scaling ({kind}) has unknown keys: {', '.join(sorted(set(stated) - known[kind]))}")
@@ -271,7 +278,7 @@ def _scaling(kind: str, stated: dict[str, Any], raw: dict[str, Any]) -> RopeScal
         get.number("beta_fast", 32.0),
         get.number("beta_slow", 1.0),
         get.number("attention_factor", _yarn_attention_factor(factor, stated)),
-        bool(stated.get("truncate", True)),
+        get.flag("truncate", True),
     )
 
 
@@ -281,8 +288,10 @@ def _yarn_attention_factor(factor: float, stated: dict[str, Any]) -> float:
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    above, below = stated.get("mscale"), stated.get("mscale_all_dim")
-    return float(mscale(above) / mscale(below)) if above and below else mscale(1.0)
+    if not (stated.get("mscale") and stated.get("mscale_all_dim")):
+        return mscale(1.0)
+    get = _Reader(stated)
+    return mscale(get.number("mscale")) / mscale(get.number("mscale_all_dim"))
 
 
 def _check(config: Config) -> None:

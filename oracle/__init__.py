@@ -1,0 +1,1 @@
+"""Compare, localize, explain: verdicts over trees, and the Hugging Face path."""

@@ -1,0 +1,59 @@
+"""float32 against Hugging Face's own modules, run eagerly in float32 and captured stage by stage."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import jaxref
+from tests.conftest import ZOO, prompt
+from tests.trees import distances, read_tree, write_tree
+from weights import open_checkpoint
+
+hf = pytest.importorskip("oracle.hf", reason="needs torch: pip install 'jaxref[hf]'")
+CASES = [(name, count) for name in ZOO for count in (7, 300)]
+LOOSE = ("attn_softmax", "attention")  # a softmax's relative error is the absolute error of its scores
+
+
+def bound(path: str) -> float:
+    return 3e-5 if path.split("/")[-1].removesuffix(".bin") in LOOSE else 5e-6
+
+
+@pytest.mark.parametrize(("name", "count"), CASES)
+def test_float32_agrees_with_hugging_face(zoo, name: str, count: int) -> None:
+    folder = zoo(name)
+    tokens = prompt(count, json.loads((folder / "config.json").read_text())["vocab_size"])
+    reference = hf.capture(hf.load(folder), tokens)
+    checkpoint = open_checkpoint(folder)
+    ours = jaxref.forward(checkpoint.params(), np.asarray(tokens), checkpoint.config)
+    assert {k: v for k, v in distances(ours, reference).items() if not v <= bound(k)} == {}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_half_precision_follows_hugging_face_roundings(zoo, name: str, dtype: str) -> None:
+    """Stage for stage the bits of Hugging Face's half precision, but for sums in another order."""
+    folder = zoo(name)
+    tokens = prompt(7, 272)
+    reference = hf.capture(hf.load(folder, dtype), tokens)
+    checkpoint = open_checkpoint(folder)
+    ours = jaxref.forward(checkpoint.params(), np.asarray(tokens), checkpoint.config, dtype)
+    truth = jaxref.forward(checkpoint.params(), np.asarray(tokens), checkpoint.config, "float64")
+    near, far = distances(ours, reference), distances(reference, truth)
+    # Where the same roundings are made, the two are much nearer to each other than either is to the truth.
+    assert {k: (near[k], far[k]) for k in near if k.startswith("layer-0/") and near[k] > 0.5 * far[k]} == {}
+
+
+def test_the_streamed_dump_is_the_same(zoo, tmp_path) -> None:
+    """What is written is what was compared: `dump` against the trace of `forward`, byte for byte."""
+    folder = zoo("qwen2-0.5b")
+    tokens = prompt(7, 4096)
+    write_tree(folder, tmp_path / "tree", tokens, positions="all")
+    checkpoint = open_checkpoint(folder)
+    trace = jaxref.forward(checkpoint.params(), np.asarray(tokens), checkpoint.config)
+    for path, values in read_tree(tmp_path / "tree").items():
+        layer, _, stage = path.removesuffix(".bin").rpartition("/")
+        expected = trace[layer][stage] if layer else trace[stage]
+        np.testing.assert_array_equal(values, np.asarray(expected).ravel(), err_msg=path)
