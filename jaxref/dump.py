@@ -18,7 +18,7 @@ from jaxref.model import Piece
 from jaxref.precision import PRECISION, Device, Numerics
 from jaxref.selection import Selection, take_rows
 from jaxref.stage_file import StageFile
-from jaxref.stages import STAGES
+from jaxref.stages import STAGES, keys_of
 from jaxref.stream import stream
 from jaxref.tree import SUFFIXES, Tree, stage_path
 from weights import Checkpoint, UserError
@@ -65,9 +65,9 @@ class Job:
         """Bytes a number in a file."""
         return 4 if self.form == "aprt" else self.numerics.compute.itemsize
 
-    def paths(self) -> dict[str, int]:
-        """The files of this dump, each with its place in computation order."""
-        return {stage_path(*key, self.form): i for i, key in enumerate(self.selection.keys())}
+    def paths(self) -> list[str]:
+        """The files of this dump, in computation order."""
+        return [stage_path(*key, self.form) for key in self.selection.keys()]
 
 
 @dataclass
@@ -93,8 +93,7 @@ def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **op
         size = job.checkpoint.config.vocab_size
         raise UserError(f"token ids {outside[:8]} are outside the vocabulary, which has ids 0 to {size - 1}")
     tree = Tree(job.output, job.run())
-    order = job.paths()
-    tree.check(order, job.selection.size(job.itemsize()))
+    tree.check(job.paths(), job.selection.size(job.itemsize()))
     tree.begin()
     report = Report(job.output)
     with Writer(job, tree) as writer, job.numerics.context(), jax.default_device(job.device):
@@ -105,7 +104,7 @@ def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **op
                 report.logits = np.asarray(piece.value)[-1].astype(np.float64)
             if job.selection.wants(layer, piece.stage):
                 writer.put(layer, piece)
-    report.manifest = tree.finish(order)
+    report.manifest = tree.finish([stage_path(*key, job.form) for key in keys_of(job.checkpoint.config)])
     report.files, report.size = writer.entries, writer.size
     return report
 

@@ -26,6 +26,11 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
+def say(out: Console, text: str) -> None:
+    """A line of text, never broken: paths and tokens are there to be copied."""
+    out.print(text, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(layers: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A bar over the layers on a terminal's stderr; silent elsewhere."""
@@ -71,7 +76,7 @@ def print_plan(rows: list[dict[str, Any]], job: Job) -> None:
     out = console()
     out.print(table)
     files, size = sum(row["files"] for row in rows), human(sum(row["bytes"] for row in rows))
-    out.print(f"{job.checkpoint.name}, {len(job.tokens)} tokens: {files} files, {size} into {job.output}; not written.")
+    say(out, f"{job.checkpoint.name}, {len(job.tokens)} tokens: {files} files, {size} into {job.output}; not written.")
 
 
 def _plain(text: str) -> str:
@@ -87,20 +92,18 @@ def print_report(report: Report, job: Job, likeliest: list[dict[str, Any]], seco
         entries = [entry for entry in report.files if entry["stage"] == name]
         if entries:
             table.add_row(*_row(name, entries))
-    out.print(f"[b]{job.checkpoint.name}[/b], {job.numerics.name}, {len(job.tokens)} tokens {_tokens(job.tokens)}")
+    say(out, f"[b]{job.checkpoint.name}[/b], {job.numerics.name}, {len(job.tokens)} tokens {_tokens(job.tokens)}")
     out.print(table)
-    out.print(f"{len(report.files)} files, {human(report.size)}, {seconds:.1f} s. Manifest: {report.manifest}")
+    say(out, f"{len(report.files)} files, {human(report.size)}, {seconds:.1f} s. Manifest: {report.manifest}")
     if job.numerics.name == "float64" and job.form == "aprt":
-        out.print("APRT holds float32: the float64 values were rounded once. --format safetensors keeps them.")
+        say(out, "APRT holds float32: the float64 values were rounded once. --format safetensors keeps them.")
     for entry in report.files:
         if entry["nan"] or entry["inf"]:
-            out.print(
-                f"[b]{entry['path']}[/b] is the first with {entry['nan']} NaN and {entry['inf']} infinite values."
-            )
+            say(out, f"[b]{entry['path']}[/b] is the first with {entry['nan']} NaN and {entry['inf']} infinite values.")
             break
     for place, token in enumerate(likeliest, start=1):
         text = "" if token["text"] is None else f" {token['text']!r}"
-        out.print(f"next {place}: {token['id']}{_plain(text)}, logit {token['logit']:.4f}, {token['probability']:.1%}")
+        say(out, f"next {place}: {token['id']}{_plain(text)}, logit {token['logit']:.4f}, {token['probability']:.1%}")
 
 
 def _row(name: str, entries: list[dict[str, Any]]) -> list[str]:
@@ -137,7 +140,7 @@ def print_stages(config: Config | None) -> None:
             )
     out = console()
     out.print(table)
-    out.print("\n" + " · ".join(f"{letter} {meaning}" for letter, meaning in DIMENSIONS.items()))
+    say(out, "\n" + " · ".join(f"{letter} {meaning}" for letter, meaning in DIMENSIONS.items()))
 
 
 def _layers_of(stage: Stage, config: Config | None) -> str:

@@ -77,7 +77,7 @@ class Reader:
         bad = int((~np.isfinite(copy)).sum())
         stored = int((~np.isfinite(view.astype(np.float32))).sum())
         if stored:
-            self.warn(f"{name} holds {stored} values that are NaN or infinite")
+            self.warn(f"{name}: {stored} of {copy.size} values are NaN or infinite")
         if bad > stored:
             self.warn(f"{name}: {bad - stored} values overflow in {self.numerics.name}")
 

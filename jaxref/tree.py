@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,9 @@ class Tree:
         """Note a file that is written and renamed."""
         self._entries[entry["path"]] = entry
 
-    def finish(self, order: Mapping[str, int]) -> Path:
+    def finish(self, order: Sequence[str]) -> Path:
         """Write the manifest, its files in the `order` of their paths, and return its path."""
-        entries = sorted(self._entries.values(), key=lambda entry: order.get(entry["path"], len(order)))
+        entries = [self._entries[path] for path in order if path in self._entries]
         _write_json(self.folder / MANIFEST, {**self.run, "files": entries})
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         return self.folder / MANIFEST

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,7 +34,10 @@ MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Emit = Callable[[int | None, str, Tensor], None]  # layer (None: whole model), stage, value in contract shape
-See = Callable[[tuple[Any, ...], Any], None]  # what a module took, what it returned
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]  # module, what it took, what it returned; see `_Seen`
+# What transformers raises for a broken config or file.
+_BROKEN = (OSError, ValueError, TypeError, LookupError, RuntimeError, AssertionError)
+_BROKEN += (SafetensorError, StrictDataclassError)
 _one_stand_in = RLock()  # the attention function is the modelling module's, so one run at a time may replace it
 
 
@@ -48,18 +53,17 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Pre
     _check_files(folder)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they can be named below
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=DTYPES[dtype], output_loading_info=True, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=DTYPES[dtype], **options)
         model = loaded[0].to(device)
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
-        raise UserError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())}") from None
+    except _BROKEN as error:
+        words = " ".join(str(error).split())  # one line
+        raise UserError(f"{folder}: transformers cannot load it: {type(error).__name__}: {words}") from error
     # transformers fills what is missing with random numbers and drops what it does not know, and only warns.
-    faults = {kind: ", ".join(sorted(loaded[1][f"{kind}_keys"])) for kind in ("missing", "unexpected")}
-    if any(faults.values()):
-        listed = "; ".join(f"{kind} {names}" for kind, names in faults.items() if names)
-        raise UserError(f"{folder}: tensors do not fit the config: {listed}")
+    faults = [f"{kind} {key}" for kind in ("missing", "unexpected", "mismatched") for key in loaded[1][f"{kind}_keys"]]
+    if faults:
+        raise UserError(f"{folder}: tensors do not fit the config: {'; '.join(sorted(faults))}")
     return model.eval()
 
 
@@ -68,20 +72,14 @@ def _check_files(folder: Path) -> None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         model_type = raw.get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a checkpoint needs its config.json") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not readable as a JSON object: {error}") from None
-    _check_model_type(model_type, f"{path}: ")
+        raise UserError(f"{path}: a checkpoint needs a config.json that holds a JSON object: {error}") from None
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"{path}: model_type {model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
     if raw.get("quantization_config"):
         raise UserError(f"{path}: quantised checkpoints are not supported; the reference reads float weights")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: holds no .safetensors file; other formats are not read")
-
-
-def _check_model_type(model_type: Any, where: str = "") -> None:
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"{where}model_type {model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
 
 
 def run(model: PreTrainedModel, tokens: Sequence[int], emit: Emit) -> Tensor:
@@ -90,7 +88,14 @@ def run(model: PreTrainedModel, tokens: Sequence[int], emit: Emit) -> Tensor:
     Values have the contract's shapes for all S positions, MoE stages and `lm_head` too, and the dtype that the model
     had there; `moe_router_indices` are int64. They may be the model's own memory: `emit` must not write to them.
     """
-    _check_run(model, tokens)
+    config = model.config
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"model_type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
+    experts = config._experts_implementation if config.model_type == "qwen3_moe" else "eager"
+    if (config._attn_implementation, experts, model.training) != ("eager", "eager", False):
+        raise UserError("the model must be in eval mode, with eager attention and experts: load it with oracle.hf.load")
+    if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= config.vocab_size:
+        raise UserError(f"tokens must be one or more ids from 0 to {config.vocab_size - 1}")
     ids = torch.tensor([[int(token) for token in tokens]], device=model.device)
     with torch.no_grad(), _watched(model, emit):
         return model(input_ids=ids, use_cache=False).logits[0]
@@ -112,40 +117,22 @@ def capture(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, Any]:
     return trace
 
 
-def _check_run(model: PreTrainedModel, tokens: Sequence[int]) -> None:
-    """Refuse what would silently give no stages, or other values than eager ones."""
-    config = model.config
-    _check_model_type(config.model_type)
-    experts = config._experts_implementation if config.model_type == "qwen3_moe" else "eager"
-    if (config._attn_implementation, experts, model.training) != ("eager", "eager", False):
-        raise UserError("the model must be in eval mode, with eager attention and experts: load it with oracle.hf.load")
-    if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= config.vocab_size:
-        raise UserError(f"tokens must be one or more ids from 0 to {config.vocab_size - 1}")
-
-
 @contextmanager
 def _watched(model: Any, emit: Emit) -> Iterator[None]:
     """Hooks on every module that has something to say, and a stand-in for the attention function; gone at the end."""
     with ExitStack() as stack:
-        for module, see in _hooks(model, emit):
-            stack.enter_context(module.register_forward_hook(_hook(see)))
+        for module, hook in _hooks(model, emit):
+            stack.enter_context(module.register_forward_hook(hook))
         stack.enter_context(_attention_watched(model, emit))
         yield
 
 
-def _hook(see: See) -> Callable[..., None]:
-    def hook(module: nn.Module, taken: tuple[Any, ...], returned: Any) -> None:
-        see(taken, returned)  # whose result is dropped: what a hook returns would replace the module's output
-
-    return hook
-
-
-def _hooks(model: Any, emit: Emit) -> Iterator[tuple[nn.Module, See]]:
-    yield model.model.embed_tokens, lambda taken, returned: emit(0, "embedding", returned[0])
+def _hooks(model: Any, emit: Emit) -> Iterator[tuple[nn.Module, Hook]]:
+    yield model.model.embed_tokens, _Seen(partial(emit, 0)).gives("embedding")
     for index, layer in enumerate(model.model.layers):
-        yield from _Layer(index, layer, emit).hooks()
-    yield model.model.norm, lambda taken, returned: emit(None, "final_norm", returned[0])
-    yield model.lm_head, lambda taken, returned: emit(None, "lm_head", returned[0])
+        yield from _Seen(partial(emit, index)).hooks(layer)
+    yield model.model.norm, _Seen(partial(emit, None)).gives("final_norm")
+    yield model.lm_head, _Seen(partial(emit, None)).gives("lm_head")
 
 
 @contextmanager
@@ -162,12 +149,13 @@ def _attention_watched(model: Any, emit: Emit) -> Iterator[None]:
     ) -> tuple[Tensor, Tensor]:
         if module not in ours:
             return original(module, query, key, value, mask, scaling=scaling, **more)
-        emit(module.layer_idx, "q_post_rope", query[0].transpose(0, 1).flatten(1))
-        emit(module.layer_idx, "k_post_rope", key[0].transpose(0, 1).flatten(1))
+        say = partial(emit, module.layer_idx)
+        say("q_post_rope", query[0].transpose(0, 1).flatten(1))
+        say("k_post_rope", key[0].transpose(0, 1).flatten(1))
         keys = modelling.repeat_kv(key, module.num_key_value_groups)
-        emit(module.layer_idx, "attn_scores", (torch.matmul(query, keys.transpose(2, 3)) * scaling)[0])
+        say("attn_scores", (torch.matmul(query, keys.transpose(2, 3)) * scaling)[0])
         output, softmax = original(module, query, key, value, mask, scaling=scaling, **more)
-        emit(module.layer_idx, "attn_softmax", softmax[0])
+        say("attn_softmax", softmax[0])
         return output, softmax
 
     with _one_stand_in:
@@ -180,75 +168,71 @@ def _attention_watched(model: Any, emit: Emit) -> Iterator[None]:
 
 
 @dataclass
-class _Layer:
-    """What is seen in one decoder layer; `held` keeps what transformers computes before its turn in the contract."""
+class _Seen:
+    """Hooks of one layer. Each must return None: anything else would replace the module's output."""
 
-    index: int
-    module: Any
-    emit: Emit
-    held: dict[str, Tensor] = field(default_factory=dict)
+    say: Callable[[str, Tensor], None]
+    held: dict[str, Tensor] = field(default_factory=dict)  # what transformers computes before its turn in the contract
 
-    def hooks(self) -> Iterator[tuple[nn.Module, See]]:
-        attn, mlp = self.module.self_attn, self.module.mlp
-        yield self.module.input_layernorm, self.gives("attn_norm")
+    def hooks(self, layer: Any) -> Iterator[tuple[nn.Module, Hook]]:
+        attn, mlp = layer.self_attn, layer.mlp
+        yield layer.input_layernorm, self.gives("attn_norm")
         yield attn.q_proj, self.holds("q")
         yield attn.k_proj, self.holds("k")
         if hasattr(attn, "q_norm"):
             yield attn.q_norm, self.holds("q_norm")
             yield attn.k_norm, self.holds("k_norm")
-        yield attn.v_proj, self.qkv
-        yield attn.o_proj, self.turns("attention", "attn_out")
-        yield self.module.post_attention_layernorm, self.turns("post_attn_residual", "ffn_norm")
+        yield attn.v_proj, partial(self.qkv, attn)
+        yield attn.o_proj, self.gives("attn_out", takes="attention")
+        yield layer.post_attention_layernorm, self.gives("ffn_norm", takes="post_attn_residual")
         if hasattr(mlp, "experts"):
             yield mlp.gate, self.router
             yield mlp.experts, self.experts
         else:
             yield mlp.gate_proj, self.gives("ffn_gate")
             yield mlp.act_fn, self.holds("ffn_silu")
-            yield mlp.up_proj, self.up
-            yield mlp.down_proj, self.turns("ffn_swigl", "ffn_out")
-        yield self.module, self.gives("post_ffn_residual")
+            yield mlp.up_proj, self.gives("ffn_up", "ffn_silu")
+            yield mlp.down_proj, self.gives("ffn_out", takes="ffn_swigl")
+        yield layer, self.gives("post_ffn_residual")
 
-    def gives(self, stage: str) -> See:
-        return lambda taken, returned: self.emit(self.index, stage, returned[0])
+    def holds(self, name: str) -> Hook:
+        return lambda module, taken, returned: self.held.update({name: returned[0].flatten(1)})
 
-    def turns(self, before: str, after: str) -> See:
-        def see(taken: tuple[Any, ...], returned: Tensor) -> None:
-            self.emit(self.index, before, taken[0][0])
-            self.emit(self.index, after, returned[0])
-
-        return see
-
-    def holds(self, name: str) -> See:
-        return lambda taken, returned: self.held.update({name: returned[0].flatten(1)})
-
-    def qkv(self, taken: tuple[Any, ...], returned: Tensor) -> None:
-        attn = self.module.self_attn
-        projected = torch.cat([self.held.pop("q"), self.held.pop("k"), returned[0]], dim=-1)
-        if attn.v_proj.bias is None:
-            self.emit(self.index, "qkv_matmul", projected)
-        else:
-            products = [F.linear(taken[0], part.weight) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
-            self.emit(self.index, "qkv_matmul", torch.cat(products, dim=-1)[0])
-            self.emit(self.index, "qkv_bias", projected)
-        for name in ("q_norm", "k_norm"):
+    def release(self, *names: str) -> None:
+        for name in names:
             if name in self.held:
-                self.emit(self.index, name, self.held.pop(name))
+                self.say(name, self.held.pop(name))
 
-    def up(self, taken: tuple[Any, ...], returned: Tensor) -> None:
-        self.emit(self.index, "ffn_up", returned[0])
-        self.emit(self.index, "ffn_silu", self.held.pop("ffn_silu"))
+    def gives(self, stage: str, *held: str, takes: str | None = None) -> Hook:
+        """What the module takes is the stage `takes`, what it returns is `stage`; those held come after it."""
 
-    def router(self, taken: tuple[Any, ...], returned: tuple[Tensor, ...]) -> None:
-        _, weights, indices = returned
-        self.emit(self.index, "moe_router_logits", F.linear(taken[0], self.module.mlp.gate.weight))
-        self.emit(self.index, "moe_router", weights)
-        self.emit(self.index, "moe_router_indices", indices)
+        def hook(module: nn.Module, taken: tuple[Any, ...], returned: Tensor) -> None:
+            if takes:
+                self.say(takes, taken[0][0])
+            self.say(stage, returned[0])
+            self.release(*held)
 
-    def experts(self, taken: tuple[Any, ...], returned: Tensor) -> None:
-        for stage, value in _inside_experts(self.module.mlp.experts, *taken[:2]).items():
-            self.emit(self.index, stage, value)
-        self.emit(self.index, "moe_ffn_out", returned)
+        return hook
+
+    def qkv(self, attn: Any, v_proj: Any, taken: tuple[Any, ...], returned: Tensor) -> None:
+        projected = torch.cat([self.held.pop("q"), self.held.pop("k"), returned[0]], dim=-1)
+        if v_proj.bias is None:
+            self.say("qkv_matmul", projected)
+        else:
+            products = [F.linear(taken[0], part.weight) for part in (attn.q_proj, attn.k_proj, v_proj)]
+            self.say("qkv_matmul", torch.cat(products, dim=-1)[0])
+            self.say("qkv_bias", projected)
+        self.release("q_norm", "k_norm")
+
+    def router(self, router: Any, taken: tuple[Any, ...], returned: tuple[Tensor, ...]) -> None:
+        self.say("moe_router_logits", F.linear(taken[0], router.weight))
+        self.say("moe_router", returned[1])
+        self.say("moe_router_indices", returned[2])
+
+    def experts(self, experts: Any, taken: tuple[Any, ...], returned: Tensor) -> None:
+        for stage, value in _inside_experts(experts, *taken[:2]).items():
+            self.say(stage, value)
+        self.say("moe_ffn_out", returned)
 
 
 def _inside_experts(experts: Any, hidden: Tensor, indices: Tensor) -> dict[str, Tensor]:

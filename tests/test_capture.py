@@ -91,7 +91,7 @@ def test_safetensors_keep_the_dtype(zoo, tmp_path, dtype: str) -> None:
     checkpoint = open_checkpoint(folder)
     trace = model.forward(checkpoint.params(), np.asarray(TOKENS), checkpoint.config, dtype)
     for path in (tmp_path / "tree").rglob("*.safetensors"):
-        (name, values), = load_file(path).items()
+        ((name, values),) = load_file(path).items()
         expected = trace[name] if path.parent.name == "tree" else trace[path.parent.name][name]
         assert values.dtype == expected.dtype
         assert values.tobytes() == np.asarray(expected).tobytes(), path

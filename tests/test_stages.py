@@ -55,7 +55,11 @@ def test_eval_shape_agrees_with_the_table(name: str) -> None:
     shapes = jax.eval_shape(jaxref.forward, params, np.zeros(11, np.int32), config)
     found = {}
     for key, value in shapes.items():
-        found |= {(int(key[6:]), k): v.shape for k, v in value.items()} if isinstance(value, dict) else {(None, key): value.shape}
+        found |= (
+            {(int(key[6:]), k): v.shape for k, v in value.items()}
+            if isinstance(value, dict)
+            else {(None, key): value.shape}
+        )
     assert found == {key: STAGES[key[1]].shape(config, 11) for key in keys_of(config)}
 
 

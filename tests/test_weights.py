@@ -169,7 +169,10 @@ def test_both_spellings_of_rope_are_one() -> None:
     [
         (lambda t: t.pop("model.norm.weight"), r"missing model.norm.weight \[72\]"),
         (lambda t: t.update(extra=np.zeros(3, np.float32)), r"unknown extra \[3\]"),
-        (lambda t: t.update({"model.norm.weight": np.ones(5, np.float32)}), r"has shape \[5\], the config wants \[72\]"),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(5, np.float32)}),
+            r"has shape \[5\], the config wants \[72\]",
+        ),
         (lambda t: t.update({"model.norm.weight": np.ones(72, np.int32)}), "stored as I32"),
     ],
 )

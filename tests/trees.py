@@ -51,7 +51,11 @@ def flat(trace: dict) -> dict[str, np.ndarray]:
     """A nested trace as {"layer-0/attn_norm": array, …}."""
     found = {}
     for key, value in trace.items():
-        found |= {f"{key}/{k}": np.asarray(v) for k, v in value.items()} if isinstance(value, dict) else {key: np.asarray(value)}
+        found |= (
+            {f"{key}/{k}": np.asarray(v) for k, v in value.items()}
+            if isinstance(value, dict)
+            else {key: np.asarray(value)}
+        )
     return found
 
 
