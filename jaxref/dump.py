@@ -24,7 +24,9 @@ from jaxref.tree import SUFFIXES, Tree, stage_path
 from weights import Checkpoint, UserError
 
 # Bytes of computed values that may wait for the disk; more, and the computing waits.
-WAITING = 128 << 20
+WAITING = 64 << 20
+WRITERS = 2
+STAGE_ORDER = {name: place for place, name in enumerate(STAGES)}
 PACKAGES = ("jaxref", "jax", "jaxlib", "numpy", "ml_dtypes")
 
 
@@ -105,18 +107,23 @@ def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **op
             if job.selection.wants(layer, piece.stage):
                 writer.put(layer, piece)
     report.manifest = tree.finish([stage_path(*key, job.form) for key in keys_of(job.checkpoint.config)])
-    report.files, report.size = writer.entries, writer.size
+    written = {entry["path"]: entry for entry in writer.entries}
+    report.files = [written[path] for path in job.paths()]
+    report.size = sum((job.output / entry["path"]).stat().st_size for entry in report.files)
     return report
 
 
 class Writer:
-    """Writes pieces in a thread of its own, in the order they come. A fault there is raised at the next `put`."""
+    """Writes pieces beside the computing, those of one file in the order they come.
+
+    A fault while writing is raised at the next `put`, or at the end.
+    """
 
     def __init__(self, job: Job, tree: Tree) -> None:
         self.job, self.tree = job, tree
         self.entries: list[dict[str, Any]] = []
-        self.size = 0
-        self._pool = ThreadPoolExecutor(1, "jaxref-write")
+        # Several single threads and not one pool: the blocks of a file must keep their order.
+        self._pools = [ThreadPoolExecutor(1, "jaxref-write") for _ in range(WRITERS)]
         self._room = threading.Condition()
         self._waiting = 0
         self._files: dict[tuple[int | None, str], StageFile] = {}
@@ -133,7 +140,8 @@ class Writer:
             if self._failed:
                 raise self._failed
             self._waiting += size
-        self._pool.submit(self._work, layer, piece)
+        place = STAGE_ORDER[piece.stage] + (layer or 0)
+        self._pools[place % WRITERS].submit(self._work, layer, piece)
 
     def _work(self, layer: int | None, piece: Piece) -> None:
         try:
@@ -162,12 +170,12 @@ class Writer:
             entry = file.close()
             self.tree.add(entry)
             self.entries.append(entry)
-            self.size += (self.job.output / entry["path"]).stat().st_size
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._failed = self._failed or InterruptedError()
-        self._pool.shutdown(wait=True)
+        for pool in self._pools:
+            pool.shutdown(wait=True)
         for file in self._files.values():
             file.discard()
         if kind is None and self._failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ class Reader:
     def __init__(self, checkpoint: Checkpoint, numerics: Numerics, device: Device | None, warn: Warn) -> None:
         self.checkpoint, self.numerics, self.device, self.warn = checkpoint, numerics, device, warn
         self._pool = ThreadPoolExecutor(1, "jaxref-read")
+        self._buffers = Buffers()
 
     def __enter__(self) -> Reader:
         return self
@@ -52,6 +54,10 @@ class Reader:
             coming = None if job is None else self._pool.submit(job)
             yield ready
 
+    def forget(self) -> None:
+        """Give up the memory of the layers, before something of other shapes is read."""
+        self._buffers.clear()
+
     def parameters(self, names: Any, views: Any) -> Any:
         """Copies of a pytree of views in the compute dtype; the pages they lay on are given back."""
         loaded = jax.tree.map(self._load, names, views)
@@ -63,7 +69,7 @@ class Reader:
         return self.parameters(layer_names(self.checkpoint.config, index), self.checkpoint.layer(index))
 
     def _load(self, name: str, view: np.ndarray) -> Array:
-        copy = _aligned(view.shape, self.numerics.compute)
+        copy = self._buffers.take(view.shape, self.numerics.compute)
         np.copyto(copy, view, casting="unsafe")
         # One pass: a NaN or an Inf anywhere makes the sum so; only then are they counted.
         with np.errstate(all="ignore"):
@@ -82,11 +88,38 @@ class Reader:
             self.warn(f"{name}: {bad - stored} values overflow in {self.numerics.name}")
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+class Buffers:
+    """Aligned memory for parameters, used again as soon as nothing refers to it any more.
+
+    Fresh memory costs more than the conversion that fills it: the system clears each page when it is first touched.
+    """
+
+    def __init__(self) -> None:
+        self._memory: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array with arbitrary content. JAX refers to it for as long as an array made of it lives."""
+        size = math.prod(shape) * dtype.itemsize
+        memory = self._free(size)
+        if memory is None:
+            memory = np.empty(size + ALIGNMENT, np.uint8)
+            self._memory.append(memory)
+        start = -memory.ctypes.data % ALIGNMENT
+        return memory[start : start + size].view(dtype).reshape(shape)
+
+    def _free(self, size: int) -> np.ndarray | None:
+        for memory in self._memory:
+            # Three references: the list, this loop's variable, and the call that counts them.
+            if memory.nbytes == size + ALIGNMENT and sys.getrefcount(memory) == 3:
+                return memory
+        return None
+
+    def clear(self) -> None:
+        """Give up what lies unused."""
+        self._memory.clear()
 
 
 def stream(
@@ -147,6 +180,7 @@ def _head(reader: Reader, hidden: Array, selection: Selection) -> Iterator[tuple
         return
     rows = selection.rows(STAGES["lm_head"])
     x = x if rows is None else x[np.asarray(rows)]
+    reader.forget()
     views = checkpoint.head_blocks(head_rows(checkpoint.config))
     blocks = reader.ahead(partial(reader.parameters, checkpoint.head_name, view) for view in views)
     logits = [np.asarray(ops.linear(x, block, numerics=numerics)) for block in blocks]

@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 # Before jaxref is imported, so that every annotated shape is checked in every test.
 install_import_hook("jaxref", "beartype.beartype")
 
-from weights.tiny import tiny_config, write_random
+from weights.tiny import tiny_config, write_random  # noqa: E402
 
 PROMPT = (54, 71, 64, 83, 220, 17, 10)  # 7 tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from jaxref import model
 from jaxref.stages import STAGES
+from jaxref.stream import Buffers
 from tests.conftest import prompt
 from tests.trees import read_tree, tree_bytes, write_tree
 from weights import open_checkpoint
@@ -49,7 +51,7 @@ def test_any_subset_has_the_same_bytes(full, tmp_path, data: st.DataObject) -> N
 
 
 def test_positions_are_rows_of_the_full_dump(full, tmp_path) -> None:
-    folder, whole = full
+    folder, _ = full
     write_tree(folder, tmp_path / "rows", TOKENS, positions="5,39")
     write_tree(folder, tmp_path / "all", TOKENS, positions="all")
     config = open_checkpoint(folder).config
@@ -95,3 +97,15 @@ def test_safetensors_keep_the_dtype(zoo, tmp_path, dtype: str) -> None:
         expected = trace[name] if path.parent.name == "tree" else trace[path.parent.name][name]
         assert values.dtype == expected.dtype
         assert values.tobytes() == np.asarray(expected).tobytes(), path
+
+
+def test_the_memory_of_parameters_is_used_again() -> None:
+    """Else the peak would grow with the number of layers."""
+    buffers = Buffers()
+    shapes = [(300, 7), (5,), (300, 7)]
+    for _ in range(20):
+        arrays = [jax.device_put(buffers.take(shape, np.dtype(np.float32))) for shape in shapes]
+        assert len({array.unsafe_buffer_pointer() for array in arrays}) == 3
+        jax.block_until_ready(arrays)
+        del arrays
+    assert len(buffers) <= 2 * len(shapes)

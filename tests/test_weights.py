@@ -182,6 +182,16 @@ def test_wrong_tensors_are_named(model: Path, change, says: str) -> None:
         open_checkpoint(model)
 
 
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path) -> None:
+    write_random(tmp_path / "m", tiny_config("qwen2", None, 1, tie_word_embeddings=True))
+    table = open_checkpoint(tmp_path / "m").tensor("model.embed_tokens.weight")
+    change_tensors(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": table.copy()}))
+    open_checkpoint(tmp_path / "m")
+    change_tensors(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": table[::-1].copy()}))
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
+        open_checkpoint(tmp_path / "m")
+
+
 def test_all_faults_are_listed_at_once(model: Path) -> None:
     def change(tensors) -> None:
         del tensors["model.norm.weight"], tensors["model.layers.0.self_attn.q_proj.bias"]
@@ -237,5 +247,5 @@ def test_a_broken_config_is_one_line(model: Path, text: str) -> None:
 def test_pickles_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BASE))
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match="pytorch_model.bin: pickle files are never read"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: pickle files are never read"):
         open_checkpoint(tmp_path)

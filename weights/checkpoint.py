@@ -184,6 +184,17 @@ def _read_index(index: Path) -> dict[str, str]:
     return places
 
 
+def _same_head(checkpoint: Checkpoint, rows: int = 4096) -> bool:
+    """Whether a head that is stored beside a tied embedding is the same."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if checkpoint.shape(head) != checkpoint.shape(table):
+        return False
+    starts = range(0, checkpoint.config.vocab_size, rows)
+    return all(
+        np.array_equal(checkpoint.tensor(head, i, i + rows), checkpoint.tensor(table, i, i + rows)) for i in starts
+    )
+
+
 def _check_tensors(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse missing, unknown and mis-shaped tensors, all listed at once."""
     wanted, stored = dict(names.expected(config)), set(checkpoint.tensor_names)
@@ -196,5 +207,7 @@ def _check_tensors(config: Config, checkpoint: Checkpoint) -> None:
         if checkpoint.shape(name) != wanted[name]:
             faults.append(f"{name} has shape {list(checkpoint.shape(name))}, the config wants {list(wanted[name])}")
         checkpoint.dtype(name)
+    if config.tie_word_embeddings and "lm_head.weight" in stored and not faults and not _same_head(checkpoint):
+        faults.append("lm_head.weight differs from the embedding, but the config ties them (tie_word_embeddings)")
     if faults:
         raise UserError(f"{checkpoint.folder}: tensors do not fit the config: {'; '.join(faults)}")
