@@ -2,7 +2,7 @@
 
     embedding → L × (norm → attention → residual → norm → feed-forward → residual) → norm → head
 
-Dimension key: S positions, D hidden_size, V vocab_size; the rest is in `docs/stages.md` and in `jaxref/stages.py`.
+Dimension key: S positions, D hidden_size, V vocab_size; the rest is in `jaxref/stages.py`.
 """
 
 from __future__ import annotations
