@@ -157,7 +157,7 @@ class Writer:
     def _write(self, layer: int | None, piece: Piece) -> None:
         stage, selection = STAGES[piece.stage], self.job.selection
         value = np.asarray(piece.value)
-        if piece.stage != "lm_head":  # the head was computed for the selected rows alone
+        if not piece.selected:
             value = take_rows(value, stage, selection.rows(stage), piece.row)
         if value.shape[stage.row_axis] == 0:
             return  # a block without any of the selected positions

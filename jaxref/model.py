@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxref import attention as attn
+from jaxref import feedforward as ffn
 from jaxref import ops
+from jaxref.experts import ExpertSource, all_experts, chosen_experts
 from jaxref.precision import Numerics, numerics_of
 from weights import Config, Layer, Params
 
@@ -30,11 +33,22 @@ HEAD_IN_BLOCK = 1 << 24
 
 
 class Piece(NamedTuple):
-    """A stage's value, or its query rows from `row` on where it is made in blocks."""
+    """A stage's value, or its query rows from `row` on where it is made in blocks.
+
+    `selected`: it holds the positions that are asked for and no others.
+    """
 
     stage: str
     value: Array
     row: int = 0
+    selected: bool = False
+
+
+class Routing(NamedTuple):
+    """Where experts come from that are not in memory, and the positions whose insides are asked for."""
+
+    source: ExpertSource
+    keep: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,10 @@ class Place:
 Pieces = Generator[Piece, None, Array]  # what a part yields, and the array it hands on
 
 
-def decoder_layer(layer: Layer, hidden: Array, positions: Array, place: Place) -> Pieces:
-    """One decoder layer [S, D] → [S, D]."""
+def decoder_layer(
+    layer: Layer, hidden: Array, positions: Array, place: Place, routing: Routing | None = None
+) -> Pieces:
+    """One decoder layer [S, D] → [S, D]. Without `routing`, a MoE layer's experts are those in `layer`."""
     config, numerics = place.config, place.numerics
     x = ops.rms_norm(hidden, layer.input_layernorm, eps=config.rms_norm_eps, numerics=numerics)
     yield Piece("attn_norm", x)
@@ -71,7 +87,10 @@ def decoder_layer(layer: Layer, hidden: Array, positions: Array, place: Place) -
     yield Piece("post_attn_residual", hidden)
     x = ops.rms_norm(hidden, layer.post_attention_layernorm, eps=config.rms_norm_eps, numerics=numerics)
     yield Piece("ffn_norm", x)
-    x = yield from feed_forward(layer, x, numerics)
+    if config.is_moe(place.layer):
+        x = yield from mixture_of_experts(layer, x, place, routing)
+    else:
+        x = yield from feed_forward(layer, x, numerics)
     hidden = ops.add(hidden, x, numerics=numerics)
     yield Piece("post_ffn_residual", hidden)
     return hidden
@@ -137,6 +156,25 @@ def feed_forward(layer: Layer, x: Array, numerics: Numerics) -> Pieces:
     yield Piece("ffn_swigl", x)
     x = ops.linear(x, layer.down_proj, numerics=numerics)
     yield Piece("ffn_out", x)
+    return x
+
+
+def mixture_of_experts(layer: Layer, x: Array, place: Place, routing: Routing | None) -> Pieces:
+    """Each position by its A experts of E [S, D] → [S, D] (arXiv:1701.06538, the routing of Qwen3-MoE)."""
+    numerics, count = place.numerics, place.config.num_experts_per_tok
+    logits = ops.linear(x, layer.router, numerics=numerics)
+    yield Piece("moe_router_logits", logits)
+    weights = ffn.moe_router(logits, count=count, renormalise=place.config.norm_topk_prob, numerics=numerics)
+    yield Piece("moe_router", weights)
+    indices = ffn.moe_router_indices(logits, count=count, numerics=numerics)
+    yield Piece("moe_router_indices", indices)
+    if routing is None:
+        inside, x = all_experts(x, weights, indices, layer.experts, numerics=numerics)
+    else:
+        inside, x = chosen_experts(x, weights, indices, *routing, numerics)
+    for name, value in inside._asdict().items():
+        yield Piece(f"moe_expert_{name}", value, selected=routing is not None)
+    yield Piece("moe_ffn_out", x)
     return x
 
 

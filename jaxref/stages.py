@@ -13,6 +13,7 @@ from typing import Any
 from jax import Array
 
 from jaxref import attention as attn
+from jaxref import feedforward as ffn
 from jaxref import ops
 from jaxref.precision import Numerics
 from weights import Config, UserError
@@ -27,6 +28,9 @@ DIMENSIONS = {
     "K": "key/value heads",
     "h": "head_dim",
     "F": "intermediate_size",
+    "E": "experts",
+    "A": "experts per token",
+    "M": "moe_intermediate_size",
     "V": "vocab_size",
     "L": "layers",
 }
@@ -73,12 +77,29 @@ def _shape(config: Config, layer: int) -> dict[str, Any]:
     return {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
 
 
+def _is_dense(config: Config, layer: int) -> bool:
+    return not config.is_moe(layer)
+
+
+def _is_moe(config: Config, layer: int) -> bool:
+    return config.is_moe(layer)
+
+
+def _router(config: Config, layer: int) -> dict[str, Any]:
+    return {"count": config.num_experts_per_tok}
+
+
+def _weights(config: Config, layer: int) -> dict[str, Any]:
+    return _router(config, layer) | {"renormalise": config.norm_topk_prob}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One row. `inputs` name upstream stages (`a|b`: the first that the model has), `params` fields of Layer or Params.
 
     `scope` is "layer", "first" (layer 0 only) or "model" (once, layer None). `last`: by default only the last position
-    is written. `settings` gives the function's keyword arguments beside `numerics`.
+    is written. `settings` gives the function's keyword arguments beside `numerics`. `per_expert`: the function takes
+    the rows [C, ·] of one expert's tokens and `params` are fields of that `Expert`.
     """
 
     name: str
@@ -92,6 +113,7 @@ class Stage:
     when: Callable[[Config, int], bool] = _always
     canonical: bool = True
     last: bool = False
+    per_expert: bool = False
 
     @property
     def row_axis(self) -> int:
@@ -148,7 +170,20 @@ def _table(*rows: Stage) -> dict[str, Stage]:
     return {row.name: row for row in rows}
 
 
+def _dense(name: str, axis: str, meaning: str, *rest: Any) -> Stage:
+    """A stage of layers without experts, [S, axis]."""
+    return Stage(name, ("S", axis), meaning, *rest, when=_is_dense)
+
+
+def _moe(name: str, axes: str, meaning: str, *rest: Any, canonical: bool = False) -> Stage:
+    """A stage of layers with experts, [S, axes…]."""
+    per_expert = name in ("expert_gate", "expert_up", "expert_out")
+    kind: dict[str, Any] = {"canonical": canonical, "last": True, "per_expert": per_expert}
+    return Stage(f"moe_{name}", ("S", *axes), meaning, *rest, when=_is_moe, **kind)
+
+
 _QKV_BIASED = "qkv_bias|qkv_matmul"
+_LOGITS = ("moe_router_logits",)
 
 STAGES: dict[str, Stage] = _table(
     Stage("embedding", ("S", "D"), "token embedding", ops.embed, (TOKENS,), ("embed_tokens",), scope="first"),
@@ -233,12 +268,33 @@ STAGES: dict[str, Stage] = _table(
         ("post_attention_layernorm",),
         _eps,
     ),
-    Stage("ffn_gate", ("S", "F"), "gate projection", ops.linear, ("ffn_norm",), ("gate_proj",)),
-    Stage("ffn_up", ("S", "F"), "up projection", ops.linear, ("ffn_norm",), ("up_proj",)),
-    Stage("ffn_silu", ("S", "F"), "silu(gate)", ops.silu, ("ffn_gate",)),
-    Stage("ffn_swigl", ("S", "F"), "silu(gate)·up", ops.multiply, ("ffn_silu", "ffn_up")),
-    Stage("ffn_out", ("S", "D"), "after the down projection", ops.linear, ("ffn_swigl",), ("down_proj",)),
-    Stage("post_ffn_residual", ("S", "D"), "hidden state after the FFN", ops.add, ("post_attn_residual", "ffn_out")),
+    _dense("ffn_gate", "F", "gate projection", ops.linear, ("ffn_norm",), ("gate_proj",)),
+    _dense("ffn_up", "F", "up projection", ops.linear, ("ffn_norm",), ("up_proj",)),
+    _dense("ffn_silu", "F", "silu(gate)", ops.silu, ("ffn_gate",)),
+    _dense("ffn_swigl", "F", "silu(gate)·up", ops.multiply, ("ffn_silu", "ffn_up")),
+    _dense("ffn_out", "D", "after the down projection", ops.linear, ("ffn_swigl",), ("down_proj",)),
+    _moe("router_logits", "E", "router matmul, before the softmax", ops.linear, ("ffn_norm",), ("router",)),
+    _moe("router", "A", "weights of the chosen experts", ffn.moe_router, _LOGITS, (), _weights, canonical=True),
+    _moe("router_indices", "A", "their ids", ffn.moe_router_indices, _LOGITS, (), _router, canonical=True),
+    _moe("expert_gate", "AM", "gate inside each chosen expert", ops.linear, ("ffn_norm",), ("gate_proj",)),
+    _moe("expert_up", "AM", "up inside each chosen expert", ops.linear, ("ffn_norm",), ("up_proj",)),
+    _moe("expert_swigl", "AM", "silu(gate)·up there", ffn.swiglu, ("moe_expert_gate", "moe_expert_up")),
+    _moe("expert_out", "AD", "each chosen expert's output", ops.linear, ("moe_expert_swigl",), ("down_proj",)),
+    _moe(
+        "ffn_out",
+        "D",
+        "weighted sum over a token's experts",
+        ffn.moe_ffn_out,
+        ("moe_expert_out", "moe_router", "moe_router_indices"),
+        canonical=True,
+    ),
+    Stage(
+        "post_ffn_residual",
+        ("S", "D"),
+        "hidden state after the FFN",
+        ops.add,
+        ("post_attn_residual", "ffn_out|moe_ffn_out"),
+    ),
     Stage("final_norm", ("S", "D"), "RMSNorm before the head", ops.rms_norm, (HIDDEN,), ("norm",), _eps, "model"),
     Stage("lm_head", ("S", "V"), "logits", ops.linear, ("final_norm",), ("head",), scope="model", last=True),
 )

@@ -15,12 +15,12 @@ import numpy as np
 from jax import Array
 
 from jaxref import ops
-from jaxref.model import Piece, Pieces, Place, decoder_layer, head_rows
+from jaxref.model import Piece, Pieces, Place, Routing, decoder_layer, head_rows
 from jaxref.precision import Device, Numerics
 from jaxref.selection import Selection
 from jaxref.stages import STAGES
-from weights import Checkpoint, Layer
-from weights.params import layer_names
+from weights import Checkpoint, Expert, Layer
+from weights.params import expert_names, layer_names
 
 Warn = Callable[[str], None]
 ALIGNMENT = 64  # bytes; JAX takes a NumPy array over without a copy where its memory begins on such an address
@@ -67,6 +67,13 @@ class Reader:
     def layer(self, index: int) -> Layer:
         """The parameters of one layer."""
         return self.parameters(layer_names(self.checkpoint.config, index), self.checkpoint.layer(index))
+
+    def experts(self, layer: int, ids: list[int]) -> Iterator[Expert]:
+        """The experts with these ids in their order, one of them always on its way."""
+        return self.ahead(partial(self._expert, layer, e) for e in ids)
+
+    def _expert(self, layer: int, index: int) -> Expert:
+        return self.parameters(expert_names(layer, index), self.checkpoint.expert(layer, index))
 
     def _load(self, name: str, view: np.ndarray) -> Array:
         copy = self._buffers.take(view.shape, self.numerics.compute)
@@ -139,12 +146,16 @@ def stream(
     """
     config = checkpoint.config
     positions = jnp.arange(len(tokens))
+    rows = selection.rows(STAGES["moe_expert_out"])
+    keep = np.arange(len(tokens)) if rows is None else np.asarray(rows)
     with Reader(checkpoint, numerics, device, warn) as reader:
         hidden = _embed(reader, tokens)
         yield 0, Piece("embedding", hidden)
         layers = (partial(reader.layer, i) for i in range(selection.depth()))
         for index, layer in enumerate(reader.ahead(layers)):
-            hidden = yield from _at(index, decoder_layer(layer, hidden, positions, Place(config, index, numerics)))
+            place = Place(config, index, numerics)
+            routing = Routing(partial(reader.experts, index), keep)
+            hidden = yield from _at(index, decoder_layer(layer, hidden, positions, place, routing))
             # Dispatch is asynchronous: without a wait here, all layers would be read before one is computed.
             hidden.block_until_ready()
             del layer
@@ -184,4 +195,4 @@ def _head(reader: Reader, hidden: Array, selection: Selection) -> Iterator[tuple
     views = checkpoint.head_blocks(head_rows(checkpoint.config))
     blocks = reader.ahead(partial(reader.parameters, checkpoint.head_name, view) for view in views)
     logits = [np.asarray(ops.linear(x, block, numerics=numerics)) for block in blocks]
-    yield None, Piece("lm_head", np.concatenate(logits, axis=-1))  # type: ignore[arg-type]
+    yield None, Piece("lm_head", np.concatenate(logits, axis=-1), selected=True)  # type: ignore[arg-type]

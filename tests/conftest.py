@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+from safetensors.numpy import load_file, save_file
 
 # Before jaxref is imported, so that every annotated shape is checked in every test.
 install_import_hook("jaxref", "beartype.beartype")
@@ -49,7 +52,28 @@ ZOO: dict[str, tuple[str, str | None, int | None, dict]] = {
     "qwen2-0.5b": ("qwen2", "0.5b", 2, {"vocab_size": 4096}),
     "qwen2-0.5b-untied": ("qwen2", "0.5b", 2, {"vocab_size": 4096, "tie_word_embeddings": False}),
     "qwen3-0.6b": ("qwen3", "0.6b", 2, {"vocab_size": 4096}),
+    "moe": ("qwen3_moe", None, None, {}),
+    "moe-64": ("qwen3_moe", None, 3, {"num_experts": 64, "num_experts_per_tok": 8, "mlp_only_layers": []}),
+    "moe-sparse": ("qwen3_moe", None, None, {"decoder_sparse_step": 2, "norm_topk_prob": False, "mlp_only_layers": []}),
 }
+
+
+def stack_experts(folder: Path) -> None:
+    """Save the experts of a checkpoint as transformers 5 does: one tensor for all of a layer."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(json.loads((folder / "config.json").read_text())["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        found = {key: tensors.pop(key) for key in sorted(tensors) if key.startswith(prefix)}
+        count = len(found) // 3
+        if count:
+            parts = {
+                part: np.stack([found[f"{prefix}{e}.{part}.weight"] for e in range(count)])
+                for part in ("gate_proj", "up_proj", "down_proj")
+            }
+            tensors[prefix + "gate_up_proj"] = np.concatenate([parts["gate_proj"], parts["up_proj"]], axis=1)
+            tensors[prefix + "down_proj"] = parts["down_proj"]
+    save_file(tensors, path)
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +86,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory):
         if not path.exists():
             arch, like, layers, changes = ZOO[name]
             write_random(path, tiny_config(arch, like, layers, **changes), seed=len(name), dtype="float32")
+            if name == "moe-64":
+                stack_experts(path)
         return path
 
     return folder

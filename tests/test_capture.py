@@ -22,7 +22,7 @@ from weights import open_checkpoint
 TOKENS = prompt(40, 272)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "moe"])
 def full(request: pytest.FixtureRequest, zoo, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     folder, output = zoo(request.param), tmp_path_factory.mktemp("full") / "tree"
     write_tree(folder, output, TOKENS)

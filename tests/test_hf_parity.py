@@ -9,8 +9,9 @@ import pytest
 
 import jaxref
 from tests.conftest import ZOO, prompt
-from tests.trees import distances, read_tree, write_tree
+from tests.trees import distance, distances, flat, read_tree, write_tree
 from weights import open_checkpoint
+from weights.tiny import tiny_config, write_random
 
 hf = pytest.importorskip("oracle.hf", reason="needs torch: pip install 'jaxref[hf]'")
 CASES = [(name, count) for name in ZOO for count in (7, 300)]
@@ -22,17 +23,51 @@ def bound(path: str) -> float:
 
 
 @pytest.mark.parametrize(("name", "count"), CASES)
-def test_float32_agrees_with_hugging_face(zoo, name: str, count: int) -> None:
+def test_float32_agrees_with_hugging_face(zoo, tmp_path, name: str, count: int) -> None:
+    """What is compared is what the dump wrote, for all positions."""
     folder = zoo(name)
     tokens = prompt(count, json.loads((folder / "config.json").read_text())["vocab_size"])
-    reference = hf.capture(hf.load(folder), tokens)
+    reference = flat(hf.capture(hf.load(folder), tokens))
+    write_tree(folder, tmp_path / "tree", tokens, positions="all")
+    ours = read_tree(tmp_path / "tree")
+    assert set(ours) == {f"{path}.bin" for path in reference}
+    far = {path: distance(ours[f"{path}.bin"], value) for path, value in reference.items()}
+    assert {path: d for path, d in far.items() if not d <= bound(path)} == {}
+    check_routing(reference, ours)
+
+
+def check_routing(reference: dict, ours: dict) -> None:
+    """The same experts, weights that sum to one where they are renormalised, and nothing that is not finite."""
+    assert all(np.isfinite(values).all() for values in ours.values())
+    for path in (path for path in reference if path.endswith("moe_router_indices")):
+        np.testing.assert_array_equal(ours[f"{path}.bin"], reference[path].ravel())
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_the_layer_shape_of_the_30b_agrees(tmp_path, count: int) -> None:
+    """128 experts, 8 a token, the widths of Qwen3-Coder-30B-A3B; router indices but for ties below 1e-6."""
+    folder = tmp_path / "model"
+    write_random(folder, tiny_config("qwen3_moe", "30b-a3b", 1, vocab_size=512))
+    tokens = prompt(count, 512)
+    reference = flat(hf.capture(hf.load(folder), tokens))
+    write_tree(folder, tmp_path / "tree", tokens, positions="all")
+    far = {path: distance(read_tree(tmp_path / "tree")[f"{path}.bin"], value) for path, value in reference.items()}
+    assert {path: d for path, d in far.items() if not d <= bound(path)} == {}
+
+
+@pytest.mark.parametrize("name", ["moe", "moe-64", "moe-sparse"])
+def test_all_experts_and_chosen_experts_agree(zoo, tmp_path, name: str) -> None:
+    """The pure forward and the dump, which reads only the chosen experts."""
+    folder, tokens = zoo(name), prompt(100, 272)
+    write_tree(folder, tmp_path / "tree", tokens, positions="all")
     checkpoint = open_checkpoint(folder)
-    ours = jaxref.forward(checkpoint.params(), np.asarray(tokens), checkpoint.config)
-    assert {k: v for k, v in distances(ours, reference).items() if not v <= bound(k)} == {}
+    trace = flat(jaxref.forward(checkpoint.params(), np.asarray(tokens), checkpoint.config))
+    ours = read_tree(tmp_path / "tree")
+    assert max(distance(ours[f"{path}.bin"], value) for path, value in trace.items()) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "moe-sparse"])
 def test_half_precision_follows_hugging_face_roundings(zoo, name: str, dtype: str) -> None:
     """Stage for stage the bits of Hugging Face's half precision, but for sums in another order."""
     folder = zoo(name)

@@ -14,7 +14,7 @@ from tests.numpy_reference import forward as numpy_forward
 from tests.trees import distances
 from weights import open_checkpoint
 
-CASES = [(name, count) for name in ZOO for count in ((7,) if "b" in name else (1, 7, 300))]
+CASES = [(name, count) for name in ZOO for count in ((7,) if ZOO[name][1] else (1, 7, 300))]
 
 
 @pytest.mark.parametrize(("name", "count"), CASES)

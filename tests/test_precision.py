@@ -24,14 +24,14 @@ def dots_of(jaxpr, found: list) -> list:
     return found
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dot_is_at_the_highest_precision(arch: str, dtype: str) -> None:
     config = config_from_dict(tiny_config(arch, None, 2))
     args = (random_params(config), np.arange(5), config)
     dots = dots_of(jax.make_jaxpr(partial(jaxref.forward, dtype=dtype))(*args).jaxpr, [])
-    # 3 projections of QKV, scores, attention, output, gate, up, down; and the head.
-    assert len(dots) == 9 * config.num_hidden_layers + 1
+    # 3 projections of QKV, scores, attention, output, gate, up, down; one router; and the head.
+    assert len(dots) == 9 * config.num_hidden_layers + (arch == "qwen3_moe") + 1
     assert {str(params["precision"]) for params in dots} == {"(Precision.HIGHEST, Precision.HIGHEST)"}
     assert {str(params["preferred_element_type"]) for params in dots} == {"float32"}
 

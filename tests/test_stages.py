@@ -31,11 +31,26 @@ def run_table(params, tokens, config: Config, dtype: str) -> dict:
             stage = STAGES[name]
             inputs = [words[key] if isinstance(key, str) else made[key] for key in stage.upstream(config, layer)]
             owner = params if layer is None or name == "embedding" else params.layers[layer]
-            made[layer, name] = stage.run(inputs, owner, config, layer, numerics)
+            if stage.per_expert:
+                routed = made[layer, "moe_router_indices"]
+                made[layer, name] = run_experts(stage, inputs[0], owner.experts, routed, config, layer, numerics)
+            else:
+                made[layer, name] = stage.run(inputs, owner, config, layer, numerics)
     return {name if layer is None else f"layer-{layer}/{name}": np.asarray(v) for (layer, name), v in made.items()}
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen2-yarn", "qwen2-window"])
+def run_experts(stage, x, experts, routed, config: Config, layer: int, numerics):
+    """A stage inside the experts, for each expert on all positions, keeping what was routed to it: [S, A, …]."""
+    kept = None
+    for number in range(config.num_experts):
+        chosen = (routed == number)[..., None]
+        rows = x if x.ndim == 2 else jnp.sum(jnp.where(chosen, x, 0), axis=1)
+        value = stage.run([rows], jax.tree.map(lambda w, e=number: w[e], experts), config, layer, numerics)[:, None]
+        kept = jnp.where(chosen, value, 0 if kept is None else kept)
+    return kept
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen2-yarn", "qwen2-window", "moe", "moe-sparse"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_running_the_table_gives_the_bytes_of_the_forward(zoo, name: str, dtype: str) -> None:
     checkpoint = open_checkpoint(zoo(name))
@@ -66,14 +81,14 @@ def test_eval_shape_agrees_with_the_table(name: str) -> None:
 def random_shapes(config: Config):
     """A parameter pytree of zeros, which `eval_shape` never makes."""
     from weights import Layer, Params
-    from weights.names import rows
+    from weights.names import layer_rows, model_rows
 
-    layer = Layer(**{r.field: jnp.zeros(r.shape(config)) for r in rows(config, per_layer=True)})
-    whole = {r.field: jnp.zeros(r.shape(config)) for r in rows(config, per_layer=False)}
+    layer = Layer(**{r.field: jnp.zeros(r.shape(config)) for r in layer_rows(config, 0)})
+    whole = {r.field: jnp.zeros(r.shape(config)) for r in model_rows(config)}
     return Params(layers=(layer,) * config.num_hidden_layers, **whole)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "moe", "moe-sparse"])
 def test_one_jit_of_the_whole_forward_agrees(zoo, name: str) -> None:
     checkpoint = open_checkpoint(zoo(name))
     tokens = np.asarray(prompt(40, 272))
@@ -89,6 +104,7 @@ CHANGES = {
     "layer_types": ("full_attention", "sliding_attention", "full_attention"),
     "sliding_window": 3,
 }
+ROUTING = {"num_experts_per_tok": 3, "norm_topk_prob": False}
 YARN = RopeScaling("yarn", 4.0, 4096)
 YARN_CHANGES = {
     "rope_type": "linear",
@@ -101,6 +117,10 @@ YARN_CHANGES = {
 }
 # These fix the shapes of tensors or which tensors there are: another value means other parameters.
 STRUCTURE = {
+    "num_experts",
+    "moe_intermediate_size",
+    "mlp_only_layers",
+    "decoder_sparse_step",
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -121,13 +141,19 @@ def windowed() -> Config:
 def differs(config: Config, changed: Config) -> bool:
     tokens, params = np.asarray(prompt(20, 272)), random_params(config)
     before, after = (flat(jaxref.forward(params, tokens, c)) for c in (config, changed))
-    return any(not np.array_equal(before[k], after[k]) for k in before)
+    return any(before[k].shape != after[k].shape or not np.array_equal(before[k], after[k]) for k in before)
 
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_of_the_config_changes_some_stage(field: str) -> None:
     config = windowed()
     assert differs(config, dataclasses.replace(config, **{field: CHANGES[field]}))
+
+
+@pytest.mark.parametrize("field", ROUTING)
+def test_every_field_of_the_routing_changes_some_stage(field: str) -> None:
+    config = config_from_dict(tiny_config("qwen3_moe", None, 1))
+    assert differs(config, dataclasses.replace(config, **{field: ROUTING[field]}))
 
 
 @pytest.mark.parametrize("field", YARN_CHANGES)
@@ -139,12 +165,14 @@ def test_every_field_of_the_rope_scaling_changes_some_stage(field: str) -> None:
 
 @pytest.mark.parametrize("field", sorted(STRUCTURE))
 def test_every_structural_field_changes_the_trace(field: str) -> None:
-    base = tiny_config("qwen2")
+    of_experts = field in ("num_experts", "moe_intermediate_size", "mlp_only_layers", "decoder_sparse_step")
+    base = tiny_config("qwen3_moe" if of_experts else "qwen2")
     changed = base | {
         "model_type": {"model_type": "qwen3"},
         "tie_word_embeddings": {"tie_word_embeddings": True},
         "num_key_value_heads": {"num_key_value_heads": 3},
         "num_hidden_layers": {"num_hidden_layers": 3},
+        "mlp_only_layers": {"mlp_only_layers": [0]},
     }.get(field, {field: base.get(field, 0) * 2 if field in base else None})
     traces = []
     for raw in (base, changed):
@@ -155,7 +183,7 @@ def test_every_structural_field_changes_the_trace(field: str) -> None:
 
 
 def test_no_field_is_forgotten() -> None:
-    assert {f.name for f in dataclasses.fields(Config)} == set(CHANGES) | STRUCTURE
+    assert {f.name for f in dataclasses.fields(Config)} == set(CHANGES) | set(ROUTING) | STRUCTURE
     assert {f.name for f in dataclasses.fields(RopeScaling)} == set(YARN_CHANGES)
 
 

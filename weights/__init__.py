@@ -5,7 +5,7 @@ from pathlib import Path
 from weights.checkpoint import Checkpoint, open_checkpoint
 from weights.config import Config, config_from_dict, read_config
 from weights.errors import UserError
-from weights.params import Layer, Params, random_params
+from weights.params import Expert, Layer, Params, random_params
 from weights.tokenizer import Tokenizer, open_tokenizer
 
 # A tiny random Qwen2 that needs no download: `python -m weights tiny weights/embedded` made it.
@@ -15,6 +15,7 @@ __all__ = [
     "EMBEDDED",
     "Checkpoint",
     "Config",
+    "Expert",
     "Layer",
     "Params",
     "Tokenizer",

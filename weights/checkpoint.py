@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from weights import names
 from weights.config import Config, read_config
 from weights.errors import UserError
-from weights.params import Layer, Params
+from weights.params import Expert, Layer, Params, expert_names, layer_names, whole_params
 from weights.safetensors_file import SafetensorsFile
 
 INDEX = "model.safetensors.index.json"
@@ -32,6 +33,7 @@ class Checkpoint:
         self.config = config
         self.files = files  # file name -> open file
         self._places = places  # tensor name -> file name
+        self.stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in places)
         _check_tensors(config, self)
 
     @property
@@ -59,9 +61,16 @@ class Checkpoint:
         return self.files[self._places[name]].tensor(name, start, stop)
 
     def layer(self, index: int) -> Layer:
-        """All parameters of one layer, as views."""
-        rows = names.rows(self.config, per_layer=True)
-        return Layer(**{row.field: self.tensor(row.name.format(layer=index)) for row in rows})
+        """The parameters of one layer, without its experts, as views."""
+        return jax.tree.map(self.tensor, layer_names(self.config, index))
+
+    def expert(self, layer: int, index: int) -> Expert:
+        """The parameters of one expert, as views; of stacked tensors only its slice."""
+        if not self.stacked:
+            return jax.tree.map(self.tensor, expert_names(layer, index))
+        gate_up, down = (self.tensor(row.name.format(layer=layer), index, index + 1)[0] for row in names.STACKED)
+        size = self.config.moe_intermediate_size
+        return Expert(gate_proj=gate_up[:size], up_proj=gate_up[size:], down_proj=down)
 
     def embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
         """[S, D]: only the rows of these token ids are read."""
@@ -83,9 +92,8 @@ class Checkpoint:
             yield self.tensor(self.head_name, start, start + rows)
 
     def params(self) -> Params:
-        """The whole model as views; for models that fit."""
-        fields = {row.field: self.tensor(row.name) for row in names.rows(self.config, per_layer=False)}
-        return Params(layers=tuple(self.layer(i) for i in range(self.config.num_hidden_layers)), **fields)
+        """The whole model, for models that fit: views, but for the experts, which are copied into one array a field."""
+        return whole_params(self.config, self.tensor, self.expert)
 
     @property
     def bytes_read(self) -> int:
@@ -197,7 +205,7 @@ def _same_head(checkpoint: Checkpoint, rows: int = 4096) -> bool:
 
 def _check_tensors(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse missing, unknown and mis-shaped tensors, all listed at once."""
-    wanted, stored = dict(names.expected(config)), set(checkpoint.tensor_names)
+    wanted, stored = dict(names.expected(config, stacked=checkpoint.stacked)), set(checkpoint.tensor_names)
     extra = stored - set(wanted)
     if config.tie_word_embeddings:
         extra.discard("lm_head.weight")

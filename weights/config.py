@@ -12,13 +12,14 @@ import jax
 
 from weights.errors import UserError
 
-MODEL_TYPES = ("qwen2", "qwen3")
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
 # Keys that say nothing about the forward pass of an inference run: bookkeeping, training, generation, tokens.
 HARMLESS = frozenset(
     """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
     decoder_start_token_id dtype eos_token_id finetuning_task id2label initializer_range is_decoder is_encoder_decoder
     keys_to_ignore_at_inference label2id max_position_embeddings name_or_path output_attentions output_hidden_states
+    output_router_logits router_aux_loss_coef
     pad_token_id prefix problem_type pruned_heads return_dict sep_token_id task_specific_params tf_legacy_loss
     tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache use_mrope""".split()
 )
@@ -26,6 +27,10 @@ HANDLED = frozenset(
     """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
     head_dim rms_norm_eps rope_theta rope_scaling rope_parameters sliding_window use_sliding_window max_window_layers
     layer_types tie_word_embeddings hidden_act attention_bias""".split()
+)
+MOE = frozenset(
+    """num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+    mlp_only_layers""".split()
 )
 # Keys that would change the maths unless they hold one of these values.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -72,6 +77,12 @@ class Config:
     layer_types: tuple[str, ...]  # "full_attention" | "sliding_attention", one a layer
     sliding_window: int | None = None  # positions a sliding layer sees, itself included
     rope_scaling: RopeScaling | None = None
+    num_experts: int = 0  # E; 0 in a dense model
+    num_experts_per_tok: int = 0  # A
+    moe_intermediate_size: int = 0  # M
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1  # every so many layers have experts
+    mlp_only_layers: tuple[int, ...] = ()  # and these have none
 
     @property
     def qkv_bias(self) -> bool:
@@ -81,7 +92,12 @@ class Config:
     @property
     def qk_norm(self) -> bool:
         """Whether each head of q and k goes through an RMSNorm (Qwen3)."""
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is a mixture of experts."""
+        sparse = (layer + 1) % self.decoder_sparse_step == 0
+        return bool(self.num_experts) and sparse and layer not in self.mlp_only_layers
 
     @property
     def q_width(self) -> int:
@@ -107,6 +123,9 @@ class Config:
             "F": self.intermediate_size,
             "V": self.vocab_size,
             "L": self.num_hidden_layers,
+            "E": self.num_experts,
+            "A": self.num_experts_per_tok,
+            "M": self.moe_intermediate_size,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -156,6 +175,7 @@ def config_from_dict(raw: dict[str, Any]) -> Config:
         layer_types=_layer_types(raw, layers, window),
         sliding_window=window,
         rope_scaling=scaling,
+        **_experts(raw, layers),
     )
     _check(config)
     return config
@@ -173,7 +193,8 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
     if raw.get("attention_bias") not in bias_allowed:
         faults.append(f"attention_bias = {raw['attention_bias']!r} is not supported for {raw['model_type']}")
     # transformers keeps its own bookkeeping under names that begin with an underscore.
-    unknown = sorted(k for k in set(raw) - HANDLED - HARMLESS - set(ONLY) if not k.startswith("_"))
+    handled = HANDLED | (MOE if raw["model_type"] == "qwen3_moe" else set())
+    unknown = sorted(k for k in set(raw) - handled - HARMLESS - set(ONLY) if not k.startswith("_"))
     if unknown:
         faults.append(f"unknown keys that might change the maths: {', '.join(unknown)}")
     if faults:
@@ -216,6 +237,12 @@ def _default_head_dim(model_type: str, hidden: int, heads: int) -> int:
 def _layer_types(raw: dict[str, Any], layers: int, window: int | None) -> tuple[str, ...]:
     """As stated; else sliding from `max_window_layers` on, where a window is in use (configuration_qwen2.py)."""
     stated = raw.get("layer_types")
+    if raw["model_type"] == "qwen3_moe":
+        # transformers gives every layer the window, whatever layer_types says; a config that says otherwise is refused.
+        every = ("sliding_attention" if window else "full_attention",) * layers
+        if stated is not None and stated != list(every):
+            raise UserError(f"layer_types of a qwen3_moe can only be {layers} × {every[0]!r} here, not {stated!r}")
+        return every
     if stated is None:
         first = _Reader(raw).number("max_window_layers", 28) if raw.get("max_window_layers") != 0 else 0
         return tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(layers))
@@ -225,6 +252,29 @@ def _layer_types(raw: dict[str, Any], layers: int, window: int | None) -> tuple[
     if "sliding_attention" in stated and window is None:
         raise UserError("layer_types names sliding_attention, but use_sliding_window/sliding_window give no window")
     return tuple(stated)
+
+
+def _experts(raw: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The numbers of the experts: `num_experts` in published configs, `num_local_experts` in newer ones."""
+    if raw["model_type"] != "qwen3_moe":
+        return {}
+    get, names = _Reader(raw), [name for name in ("num_experts", "num_local_experts") if raw.get(name) is not None]
+    if len({raw[name] for name in names if isinstance(raw[name], int)}) > 1:
+        raise UserError(f"num_experts and num_local_experts disagree: {raw[names[0]]} and {raw[names[1]]}")
+    only_dense = raw.get("mlp_only_layers") or []
+    if not isinstance(only_dense, list) or not all(type(i) is int and 0 <= i < layers for i in only_dense):
+        raise UserError(f"mlp_only_layers must list layers from 0 to {layers - 1}, not {only_dense!r}")
+    found = {
+        "num_experts": get.count(names[0] if names else "num_experts"),
+        "num_experts_per_tok": get.count("num_experts_per_tok"),
+        "moe_intermediate_size": get.count("moe_intermediate_size"),
+        "norm_topk_prob": get.flag("norm_topk_prob"),
+        "decoder_sparse_step": get.count("decoder_sparse_step", 1),
+        "mlp_only_layers": tuple(only_dense),
+    }
+    if found["num_experts_per_tok"] > found["num_experts"]:
+        raise UserError(f"num_experts_per_tok is more than num_experts {found['num_experts']}")
+    return found
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from weights import names
 from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.config import Config
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -23,16 +25,25 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": checkpoint.identity(),
         "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
         "tensors": tensors,
-        "largest_layer_bytes": {name: layer_parameters(checkpoint) * size for name, size in _SIZES.items()},
+        "largest_layer_bytes": {name: layer_parameters(config) * size for name, size in _SIZES.items()},
+        "expert_bytes": {name: expert_parameters(config) * size for name, size in _SIZES.items()},
     }
 
 
 _SIZES = {"float16": 2, "float32": 4, "float64": 8}
 
 
-def layer_parameters(checkpoint: Checkpoint) -> int:
-    """How many numbers one layer holds."""
-    return sum(math.prod(row.shape(checkpoint.config)) for row in names.rows(checkpoint.config, per_layer=True))
+def layer_parameters(config: Config) -> int:
+    """How many numbers the largest layer holds, without its experts."""
+    return max(
+        sum(math.prod(row.shape(config)) for row in names.layer_rows(config, layer))
+        for layer in range(config.num_hidden_layers)
+    )
+
+
+def expert_parameters(config: Config) -> int:
+    """How many numbers one expert holds; 0 in a dense model."""
+    return sum(math.prod(row.shape(config)) for row in names.EXPERTS) if config.num_experts else 0
 
 
 def show(model: str, *, as_json: bool) -> None:
@@ -55,6 +66,9 @@ def show(model: str, *, as_json: bool) -> None:
     console.print(table)
     needs = ", ".join(f"{size / 1e6:,.1f} MB in {name}" for name, size in facts["largest_layer_bytes"].items())
     console.print(f"A dump holds two layers at a time, one in use and one being read. One layer: {needs}.")
+    if checkpoint.config.num_experts:
+        needs = ", ".join(f"{size / 1e6:,.1f} MB in {name}" for name, size in facts["expert_bytes"].items())
+        console.print(f"Beside them two experts, read only if a token is routed to them. One expert: {needs}.")
 
 
 def _brief(value: Any) -> str:
@@ -65,11 +79,9 @@ def _brief(value: Any) -> str:
 
 
 def _grouped(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
-    """One line a row of the tensor table, the layers told together."""
-    config, lines = checkpoint.config, []
-    for per_layer in (False, True):
-        for row in names.rows(config, per_layer=per_layer):
-            label = row.name.replace("{layer}", f"0…{config.num_hidden_layers - 1}")
-            dtypes = {str(checkpoint.dtype(row.name.format(layer=i))) for i in range(config.num_hidden_layers)}
-            lines.append((label, str(list(row.shape(config))), ", ".join(sorted(dtypes))))
-    return lines
+    """One line a kind of tensor: layers and experts are told together."""
+    lines: dict[str, tuple[str, set[str]]] = {}
+    for name in checkpoint.tensor_names:
+        label = re.sub(r"\.\d+\.", ".*.", name)
+        lines.setdefault(label, (str(list(checkpoint.shape(name))), set()))[1].add(str(checkpoint.dtype(name)))
+    return [(label, shape, ", ".join(sorted(dtypes))) for label, (shape, dtypes) in lines.items()]

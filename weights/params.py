@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from flax import struct
 
@@ -14,8 +16,17 @@ Tensor = Any  # a jax.Array, or a numpy view of the checkpoint's map
 
 
 @struct.dataclass
+class Expert:
+    """One expert, or all of a layer's with a leading axis E."""
+
+    gate_proj: Tensor  # [M, D]
+    up_proj: Tensor  # [M, D]
+    down_proj: Tensor  # [D, M]
+
+
+@struct.dataclass
 class Layer:
-    """One decoder layer. None where the architecture has no such tensor."""
+    """One decoder layer. None where the architecture has no such tensor, `experts` where they are read singly."""
 
     input_layernorm: Tensor  # [D]
     q_proj: Tensor  # [H·h, D]
@@ -23,14 +34,16 @@ class Layer:
     v_proj: Tensor  # [K·h, D]
     o_proj: Tensor  # [D, H·h]
     post_attention_layernorm: Tensor  # [D]
-    gate_proj: Tensor  # [F, D]
-    up_proj: Tensor  # [F, D]
-    down_proj: Tensor  # [D, F]
+    gate_proj: Tensor | None = None  # [F, D]
+    up_proj: Tensor | None = None  # [F, D]
+    down_proj: Tensor | None = None  # [D, F]
     q_bias: Tensor | None = None  # [H·h]
     k_bias: Tensor | None = None  # [K·h]
     v_bias: Tensor | None = None  # [K·h]
     q_norm: Tensor | None = None  # [h]
     k_norm: Tensor | None = None  # [h]
+    router: Tensor | None = None  # [E, D]
+    experts: Expert | None = None  # [E, …]
 
 
 @struct.dataclass
@@ -50,7 +63,13 @@ class Params:
 
 def layer_names(config: Config, layer: int) -> Layer:
     """A `Layer` that holds each tensor's checkpoint name in its place."""
-    return Layer(**{row.field: row.name.format(layer=layer) for row in names.rows(config, per_layer=True)})
+    found: dict[str, Any] = {row.field: row.name.format(layer=layer) for row in names.layer_rows(config, layer)}
+    return Layer(**found)
+
+
+def expert_names(layer: int, expert: int) -> Expert:
+    """An `Expert` that holds each tensor's published name in its place."""
+    return Expert(**{row.field: row.name.format(layer=layer, expert=expert) for row in names.EXPERTS})
 
 
 def random_tensors(config: Config, seed: int) -> dict[str, np.ndarray]:
@@ -77,8 +96,21 @@ def random_params(config: Config, seed: int = 0) -> Params:
     """A whole random model in float32 numpy, for tests and notebooks."""
     tensors = random_tensors(config, seed)
 
-    def pick(per_layer: bool, layer: int = 0) -> dict[str, np.ndarray]:
-        return {r.field: tensors[r.name.format(layer=layer)] for r in names.rows(config, per_layer=per_layer)}
+    def expert(layer: int, index: int) -> Expert:
+        return jax.tree.map(tensors.__getitem__, expert_names(layer, index))
 
-    layers = tuple(Layer(**pick(True, i)) for i in range(config.num_hidden_layers))
-    return Params(layers=layers, **pick(False))
+    return whole_params(config, tensors.__getitem__, expert)
+
+
+def whole_params(config: Config, tensor: Callable[[str], np.ndarray], expert: Callable[[int, int], Expert]) -> Params:
+    """A whole model out of `tensor(name)` and `expert(layer, index)`; the experts of a layer are stacked."""
+
+    def layer(index: int) -> Layer:
+        plain = jax.tree.map(tensor, layer_names(config, index))
+        if not config.is_moe(index):
+            return plain
+        experts = [expert(index, e) for e in range(config.num_experts)]
+        return plain.replace(experts=jax.tree.map(lambda *each: np.stack(each), *experts))
+
+    whole = {row.field: tensor(row.name) for row in names.model_rows(config)}
+    return Params(layers=tuple(layer(i) for i in range(config.num_hidden_layers)), **whole)

@@ -19,6 +19,16 @@ from weights.params import random_tensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
+# One dense layer, and one that has only the experts left.
+_TINY_MOE: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+}
+
 _TINY: dict[str, Any] = {
     "vocab_size": 272,
     "hidden_size": 72,
@@ -52,7 +62,7 @@ def _like(arch: str, V: int, D: int, F: int, L: int, H: int, K: int, h: int, tie
     }
 
 
-# From the config.json of Qwen2.5-Coder-{0.5B,1.5B,7B}-Instruct and Qwen3-{0.6B,4B,8B}.
+# From the config.json of Qwen2.5-Coder-{0.5B,1.5B,7B}-Instruct, Qwen3-{0.6B,4B,8B} and Qwen3-Coder-30B-A3B-Instruct.
 LIKE: dict[str, dict[str, Any]] = {
     "0.5b": _like("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True),
     "1.5b": _like("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True),
@@ -60,18 +70,36 @@ LIKE: dict[str, dict[str, Any]] = {
     "0.6b": _like("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
     "4b": _like("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
     "8b": _like("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
+    "30b-a3b": _like("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 128, False)
+    | {
+        "rope_theta": 1e7,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 }
+
+
+_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def tiny_config(arch: str, like: str | None = None, layers: int | None = None, **changes: Any) -> dict[str, Any]:
     """The `config.json` of a random checkpoint. Raises `UserError` for an unknown `like` or one of another arch."""
     if like is not None and like not in LIKE:
         raise UserError(f"--like {like}: no such shape; known are {', '.join(LIKE)}")
-    raw = dict(LIKE[like]) if like else _TINY | {"model_type": arch}
+    raw: dict[str, Any] = (
+        dict(LIKE[like]) if like else _TINY | {"model_type": arch} | (_TINY_MOE if arch == "qwen3_moe" else {})
+    )
     if raw["model_type"] != arch:
         raise UserError(f"--like {like} is a {raw['model_type']}, not a {arch}")
-    raw |= {"num_hidden_layers": layers} if layers is not None else {}
-    raw |= {"architectures": [arch.title().replace("_", "") + "ForCausalLM"], "dtype": "bfloat16", "hidden_act": "silu"}
+    if layers is not None:
+        raw |= {"num_hidden_layers": layers}
+        if "mlp_only_layers" in raw:
+            raw["mlp_only_layers"] = [i for i in raw["mlp_only_layers"] if i < layers]
+    raw |= {"architectures": [_CLASSES[arch]], "dtype": "bfloat16", "hidden_act": "silu"}
     return raw | changes
 
 
@@ -111,9 +139,9 @@ def _write_shards(folder: Path, config: Config, seed: int, dtype: str) -> None:
 
 
 def _shards(config: Config) -> Iterator[dict[str, tuple[int, ...]]]:
-    yield {row.name: row.shape(config) for row in names.rows(config, per_layer=False)}
+    yield names.model_shapes(config)
     for layer in range(config.num_hidden_layers):
-        yield {row.name.format(layer=layer): row.shape(config) for row in names.rows(config, per_layer=True)}
+        yield names.layer_shapes(config, layer)
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:

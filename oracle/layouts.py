@@ -1,0 +1,232 @@
+"""Two files of one stage brought to the same positions and the same layout, and read side by side in blocks.
+
+Every stage is seen as [outer, rows, columns]: rows are query positions, and outer is 1, or H for attention's maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxref.stages import QKV, Stage, axis_size
+from oracle.trees import TensorFile, Tree
+from weights import UserError
+
+BLOCK = 1 << 15  # values of a block: four float64 copies of it stay in the cache
+RELEASE = 1 << 23  # values after which a file's pages are given back
+# What people call a column of an axis.
+_WORDS = {"D": "dim", "F": "unit", "M": "unit", "V": "token id", "E": "expert", "A": "rank", "S": "key"}
+_HEADS = {"Hh": "head", "Kh": "kv head"}
+
+
+@dataclass(frozen=True)
+class View:
+    """One file's values as [outer, rows, columns], or [heads, rows, h] where q or k lies head-major."""
+
+    file: TensorFile
+    values: np.ndarray  # [outer, rows, columns]
+    positions: tuple[int, ...]  # of the rows
+    heads_first: bool = False
+    order: np.ndarray | None = None  # [rows, A]: for each of the reference's ranks, this file's
+
+    @property
+    def columns(self) -> int:
+        """Columns of a row in the contract's layout."""
+        return self.values.shape[2] * (self.values.shape[0] if self.heads_first else 1)
+
+    def head_major(self, heads: int) -> View:
+        """The same bytes read as [heads, rows, h]."""
+        _, rows, columns = self.values.shape
+        return replace(self, values=self.values.reshape(heads, rows, columns // heads), heads_first=True)
+
+    def block(self, outer: int, rows: slice | np.ndarray) -> np.ndarray:
+        """Some rows [rows, columns] in the contract's layout."""
+        if self.heads_first:
+            part = self.values[:, rows].transpose(1, 0, 2)
+            return part.reshape(part.shape[0], -1)
+        part = self.values[outer, rows]
+        if self.order is None:
+            return part
+        order = self.order[rows]
+        ranked = part.reshape(*order.shape, -1)
+        return np.take_along_axis(ranked, order[:, :, None], axis=1).reshape(part.shape)
+
+
+def view(tree: Tree, stage: Stage, file: TensorFile, dims: Mapping[str, int], single: int) -> View:
+    """A file with the shape that the contract gives it for `dims` (S: all positions of the prompt).
+
+    `single` is the position of a file with one row. Raises `UserError` where the size fits no number of rows.
+    """
+    outer = dims["H"] if stage.axes[0] == "H" else 1
+    columns = math.prod(axis_size(axis, dims) for axis in stage.axes[stage.row_axis + 1 :])
+    size = file.values.size
+    if outer == dims["H"] and stage.axes[0] == "H" and size == outer * (single + 1) and single + 1 < columns:
+        columns = single + 1  # a decode step sees the keys so far
+    rows, rest = divmod(size, outer * columns)
+    stated = tree.stated_positions
+    positions = stated if stated is not None and len(stated) == rows else _positions(rows, dims["S"], single)
+    if rest or not rows or positions is None:
+        shape = list(stage.axes)
+        sizes = [axis_size(axis, dims) for axis in stage.axes]
+        raise UserError(f"{file.path}: {size} values fit no rows of {shape} = {sizes}, which the reference has")
+    if max(positions) >= dims["S"] or min(positions) < 0:
+        raise UserError(f"{file.path}: holds position {max(positions)} of a prompt of {dims['S']} tokens")
+    return View(file, file.values.reshape(outer, rows, columns), positions)
+
+
+def _positions(rows: int, count: int, single: int) -> tuple[int, ...] | None:
+    """Which positions `rows` rows are: all of the prompt, the single one, or all up to it (a decoder's keys)."""
+    if rows in (count, single + 1):
+        return tuple(range(rows))
+    return (single,) if rows == 1 else None
+
+
+def single_position(tree: Tree, dims: Mapping[str, int]) -> int:
+    """The position of files with one row: stated, or told by the keys of a decode step's scores, or the last."""
+    stated = tree.stated_positions
+    if stated is not None and len(stated) == 1:
+        return stated[0]
+    for key in tree.files:
+        if key[1] in ("attn_scores", "attn_softmax") and stated is None:
+            keys, rest = divmod(tree.open(key).values.size, dims["H"])
+            if not rest and 0 < keys < dims["S"]:
+                return keys - 1
+    return dims["S"] - 1
+
+
+class Block(NamedTuple):
+    """Rows of both tensors [rows, columns]; `origin` is (outer, row), `visible` what is comparable (None: all)."""
+
+    reference: np.ndarray
+    test: np.ndarray
+    origin: tuple[int, int]
+    channel: int | None
+    visible: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two views of one stage at the positions that both (and the third tree, if any) have."""
+
+    stage: Stage
+    dims: Mapping[str, int]
+    reference: View
+    test: View
+    positions: tuple[int, ...]
+    matched: np.ndarray | None = None  # [positions, A]: whether the test chose this expert of the reference too
+
+    @property
+    def outer(self) -> int:
+        """How many maps: H for attention, else 1."""
+        return 1 if self.reference.heads_first else self.reference.values.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns that both have (a decode step has fewer keys)."""
+        return min(self.reference.columns, self.test.columns)
+
+    @property
+    def size(self) -> int:
+        """Values on each side."""
+        return self.outer * len(self.positions) * self.columns
+
+    @property
+    def channels(self) -> int:
+        """Columns, or the heads of attention's maps."""
+        return self.columns if self.stage.axes[0] == "S" else self.outer
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        return min(len(self.positions), max(1, BLOCK // self.columns))
+
+    def blocks(self) -> Iterator[Block]:
+        """Both tensors side by side; pages that were read are given back on the way."""
+        step, since = self.block_rows, 0
+        for outer in range(self.outer):
+            for row in range(0, len(self.positions), step):
+                positions = self.positions[row : row + step]
+                ours, theirs = (_rows(side.positions, positions) for side in (self.reference, self.test))
+                yield Block(
+                    self.reference.block(outer, ours)[:, : self.columns],
+                    self.test.block(outer, theirs)[:, : self.columns],
+                    (outer, row),
+                    outer if self.stage.axes[0] == "H" else None,
+                    self._visible(row, positions),
+                )
+                since += len(positions) * self.columns
+                if since >= RELEASE:
+                    since = 0
+                    self.release()
+        self.release()
+
+    def release(self) -> None:
+        """Give back the pages of both files."""
+        self.reference.file.release()
+        self.test.file.release()
+
+    def _visible(self, row: int, positions: tuple[int, ...]) -> np.ndarray | None:
+        """The causal triangle of the raw scores; of the experts' insides those that both have chosen."""
+        if self.stage.name == "attn_scores":
+            return np.arange(self.columns) <= np.asarray(positions)[:, None]
+        if self.matched is None:
+            return None
+        return np.repeat(self.matched[row : row + len(positions)], self.columns // self.matched.shape[1], axis=1)
+
+    def coordinate(self, place: tuple[int, int, int] | None) -> dict[str, Any] | None:
+        """(outer, row, column) by the names of the axes: {"token": 3, "head": 5, "dim": 12}."""
+        if place is None:
+            return None
+        outer, row, column = place
+        found = {"token": self.positions[row]}
+        if self.stage.axes[0] == "H":
+            found["head"] = outer
+        return found | _column(self.stage.axes[self.stage.row_axis + 1 :], column, self.dims)
+
+
+def _rows(have: tuple[int, ...], want: tuple[int, ...]) -> slice | np.ndarray:
+    """Indices of the wanted positions; a slice where they lie together, which copies nothing."""
+    first = have.index(want[0])
+    if have[first : first + len(want)] == want:
+        return slice(first, first + len(want))
+    place = {position: index for index, position in enumerate(have)}
+    return np.array([place[position] for position in want])
+
+
+def _column(axes: tuple[str, ...], column: int, dims: Mapping[str, int]) -> dict[str, int | str]:
+    found: dict[str, int | str] = {}
+    for axis in reversed(axes):
+        column, index = divmod(column, axis_size(axis, dims))
+        if axis == QKV:
+            head, dim = divmod(index, dims["h"])
+            part, start = next(
+                (name, start)
+                for name, start in (("v", dims["H"] + dims["K"]), ("k", dims["H"]), ("q", 0))
+                if head >= start
+            )
+            found = {"part": part, "head": head - start, "dim": dim} | found
+        elif axis in _HEADS:
+            head, dim = divmod(index, dims["h"])
+            found = {_HEADS[axis]: head, "dim": dim} | found
+        else:
+            found = {_WORDS.get(axis, axis): index} | found
+    return found
+
+
+def in_words(coordinate: Mapping[str, Any] | None) -> str:
+    """A coordinate as a person says it: token 3, head 5, dim 12."""
+    words = dict(coordinate or {})
+    if part := words.pop("part", None):
+        words = {f"{part} head" if name == "head" else name: index for name, index in words.items()}
+    return ", ".join(f"{name} {index}" for name, index in words.items())
+
+
+def heads_of(stage: Stage, dims: Mapping[str, int]) -> int | None:
+    """How many heads lie side by side in a row; None where a row has no heads."""
+    if stage.axes[-1] == QKV:
+        return dims["H"] + 2 * dims["K"]
+    return {"Hh": dims["H"], "Kh": dims["K"]}.get(stage.axes[-1])

@@ -1,0 +1,206 @@
+"""A tree of tensor files, opened lazily: which stages it has, whose they are, and each as a flat memory map."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from jaxref.aprt import read_aprt
+from jaxref.stages import STAGES, Key, stage_named
+from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest, stage_path
+from weights import Config, UserError
+from weights.safetensors_file import SafetensorsFile
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+_LAYER = re.compile(r"layer-(\d{1,9})")
+_FORMS = {f".{suffix}": form for form, suffix in SUFFIXES.items()}
+_SAMPLE = 1 << 16  # values of a file that are looked at to guess the dtype
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One tensor, flat, as a read-only map of its file."""
+
+    path: Path
+    values: np.ndarray  # [dim_product], in the dtype on disk
+    map: Any = None  # the mmap below, where there is one
+
+    def release(self) -> None:
+        """Give the pages back to the system; the values stay valid and would be read again."""
+        if self.map is not None and hasattr(self.map, "madvise"):
+            import mmap
+
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+def open_tensor(path: Path) -> tuple[int | None, TensorFile]:
+    """An APRT or safetensors file: its layer (None: whole model) and its values.
+
+    Raises `UserError` where it is missing, is no such file, or is longer or shorter than its header says.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a file was expected")
+    if path.suffix != ".safetensors":
+        layer, values = read_aprt(path)
+        return layer, TensorFile(path, values, values.base)
+    return _open_safetensors(path)
+
+
+def _open_safetensors(path: Path) -> tuple[int | None, TensorFile]:
+    file = SafetensorsFile(path)
+    if len(file.entries) != 1:
+        raise UserError(f"{path}: holds {len(file.entries)} tensors; a stage's file holds one")
+    (name,) = file.entries
+    if str(file.entries[name]["dtype"]).startswith(("I", "U")):  # the experts' ids: small, so they are read whole
+        try:
+            values = load_file(path)[name]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not readable: {error}") from None
+        return _safetensors_layer(path), TensorFile(path, values.reshape(-1))
+    values = file.tensor(name) if file.shape(name) else file.tensor(name).reshape(1)
+    return _safetensors_layer(path), TensorFile(path, values.reshape(-1), _Releasing(file))
+
+
+class _Releasing:
+    """A safetensors file's map with the one method that `TensorFile` asks for."""
+
+    def __init__(self, file: SafetensorsFile) -> None:
+        self._file = file
+
+    def madvise(self, advice: int) -> None:
+        self._file.release()
+
+
+def _safetensors_layer(path: Path) -> int | None:
+    found = _LAYER.fullmatch(path.absolute().parent.name)
+    return int(found[1]) if found else None
+
+
+class Tree:
+    """The folder of one run. `role` ("reference", "test", "yardstick") is how messages call it.
+
+    `positions` are those of the rows, for a producer that writes no manifest. Raises `UserError` for a folder that
+    holds no stage, or a broken manifest.
+    """
+
+    def __init__(self, folder: str | Path, role: str, positions: tuple[int, ...] | None = None) -> None:
+        self.folder, self.role, self._positions = Path(folder), role, positions
+        if not self.folder.exists():
+            raise UserError(f"{self.folder}: no such folder (the {role} tree)")
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: is a file, and the {role} tree is a folder; `oracle diff` compares files")
+        if (self.folder / UNFINISHED).exists() and not (self.folder / MANIFEST).exists():
+            raise UserError(f"{self.folder}: its dump was not finished; run the same dump again")
+        self.manifest = read_manifest(self.folder)
+        self.unknown: list[str] = []
+        self.files = self._find()
+        if not self.files:
+            known = ", ".join(f"layer-0/attn_norm.{suffix}" for suffix in SUFFIXES.values())
+            raise UserError(f"{self.folder}: holds no stage's file (like {known}), so there is nothing to compare")
+        self.config = self._config()
+        self.tokens = self._tokens()
+
+    def _find(self) -> dict[Key, Path]:
+        found: dict[Key, Path] = {}
+        for path in sorted(self.folder.iterdir()) + sorted(self.folder.glob("layer-*/*")):
+            layer = _LAYER.fullmatch(path.parent.name) if path.parent != self.folder else None
+            if path.suffix not in _FORMS or path.name.startswith("."):
+                continue
+            if path.parent != self.folder and layer is None:
+                continue
+            try:
+                key = (None if layer is None else int(layer[1]), stage_named(path.stem).name)
+            except UserError:
+                self.unknown.append(str(path.relative_to(self.folder)))
+                continue
+            if key in found:
+                raise UserError(f"{self.folder}: {found[key].name} and {path.name} of {_where(key)} are the same stage")
+            found[key] = path
+        return found
+
+    def _config(self) -> Config | None:
+        stated = (self.manifest or {}).get("config")
+        if stated is None:
+            return None
+        try:
+            known = {name: value for name, value in stated.items() if name in Config.__dataclass_fields__}
+            config = Config(**known)
+            sizes = config.dims().values()
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder / MANIFEST}: its config is not one: {error}") from None
+        if not all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 32 for size in sizes):
+            raise UserError(f"{self.folder / MANIFEST}: its config holds sizes that are no whole numbers")
+        return config
+
+    def _tokens(self) -> list[int] | None:
+        tokens = (self.manifest or {}).get("tokens")
+        if tokens is None:
+            return None
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, int) for token in tokens):
+            raise UserError(f"{self.folder / MANIFEST}: its tokens are no list of ids")
+        return tokens
+
+    @property
+    def stated_positions(self) -> tuple[int, ...] | None:
+        """The positions that were written, where they were named one by one."""
+        if self._positions is not None:
+            return self._positions
+        stated = (self.manifest or {}).get("positions")
+        return tuple(stated) if isinstance(stated, list) and all(isinstance(p, int) for p in stated) else None
+
+    @property
+    def stated_dtype(self) -> str | None:
+        """The dtype in the manifest. Raises `UserError` for one that is not known."""
+        dtype = (self.manifest or {}).get("dtype")
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"{self.folder / MANIFEST}: dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        return dtype
+
+    def open(self, key: Key) -> TensorFile:
+        """The file of a stage. Raises `UserError` where it is broken or its header names another layer."""
+        layer, file = open_tensor(self.files[key])
+        # An engine may write layer 0 or "whole model" for the embedding; nothing else is ambiguous.
+        if layer != key[0] and key[1] != "embedding":
+            header, place = ("whole-model" if n is None else n for n in (layer, key[0]))
+            raise UserError(f"{file.path}: its header says layer {header}, its place says {place}")
+        return file
+
+    def guess_dtype(self) -> str:
+        """The narrowest dtype that most of the computed stages fit in, for an engine that does not say."""
+        keys = [key for key in self.files if key[1] not in ("embedding", "moe_router_indices", "qkv_matmul")]
+        votes = Counter(_fits(self.open(key).values[:_SAMPLE]) for key in keys[:64])
+        return votes.most_common(1)[0][0] if votes else "float32"
+
+
+def _fits(values: np.ndarray) -> str:
+    if values.dtype.name in ("float16", "bfloat16", "float64"):
+        return values.dtype.name
+    values = np.asarray(values)[np.isfinite(values)]
+    for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+        with np.errstate(over="ignore"):
+            if values.size and np.array_equal(values.astype(dtype).astype(values.dtype), values):
+                return name
+    return "float32"
+
+
+def ordered(keys: set[Key]) -> list[Key]:
+    """Keys in computation order: layer by layer in the order of the stage table, the whole model's stages last."""
+    place = {name: index for index, name in enumerate(STAGES)}
+    return sorted(keys, key=lambda key: (key[0] is None, key[0] or 0, place[key[1]]))
+
+
+def _where(key: Key) -> str:
+    return "the whole model" if key[0] is None else f"layer {key[0]}"
+
+
+def path_of(key: Key) -> str:
+    """How a stage is called in rules and reports: `layer-3/attn_norm`, `lm_head`."""
+    return stage_path(*key).removesuffix(".bin")

@@ -1,0 +1,209 @@
+"""When is a difference a fault? Rules that people write, bounds by dtype, and a third tree as the yardstick."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxref.stages import STAGES, Key
+from oracle.metrics import PRECISION, Figures
+from oracle.trees import DTYPES, path_of
+from weights import UserError
+
+# Greatest relative L2 (and channel median) of a two-way compare; see docs/decisions.md for what was measured.
+BOUNDS = {"float64": 1e-6, "float32": 1e-4, "float16": 0.03, "bfloat16": 0.15}
+# A softmax's relative error is the absolute error of its scores, and `attention` inherits it.
+STEEP = 4.0
+STEEP_STAGES = ("attn_softmax", "attention", "attn_out")
+# The least error that a yardstick is taken to have, in ulp of its dtype: below it, ratios say nothing.
+FLOOR_ULPS = 1.0
+MAX_RATIO = 2.0
+FIGURES = ("relative_l2", "cosine", "max_abs", "rms", "snr_db", "ulp_median", "ulp_max", "channel_median")
+LOGIT_FIGURES = ("kl", "top1", "top10")
+_OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+_PREDICATE = re.compile(r"\s*([a-z_0-9]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`stage:value` (greatest relative L2) or `regex:predicate`, which is met for a stage's or a file's whole name."""
+
+    text: str
+    pattern: re.Pattern[str]
+    terms: tuple[tuple[str, str, float], ...]  # (figure, operator, number), all of which must hold
+
+    def covers(self, key: Key) -> bool:
+        """Whether the rule is about this stage, by its name or as `layer-3/name`."""
+        return any(self.pattern.fullmatch(name) for name in (key[1], path_of(key)))
+
+    def failing(self, figures: Figures) -> str | None:
+        """The first term that does not hold, in words; None where all hold."""
+        for name, sign, number in self.terms:
+            value = getattr(figures, name)
+            if value is None:
+                return f"{name} is not known here"
+            if not _OPERATORS[sign](value, number) and not figures.equal:
+                return f"{name} {value:.6g}, not {sign} {number:g}"
+        return None
+
+
+def parse_tolerance(text: str) -> Tolerance:
+    """`attn_softmax:0.05`, `ffn_.*:cosine>=0.999`, `layer-3/.*:max_abs<0.1 and rms<0.01`. Raises `UserError`."""
+    name, colon, rule = text.rpartition(":")
+    if not colon or not name.strip() or not rule.strip():
+        raise UserError(f"tolerance {text!r}: stage:value or regex:predicate was expected, like attn_out:0.01")
+    try:
+        pattern = re.compile(name.strip())
+    except re.error as error:
+        raise UserError(f"tolerance {text!r}: {name!r} is no regular expression: {error}") from None
+    # A misspelled stage would otherwise be a rule that never applies.
+    if re.fullmatch(r"\w+", name.strip()) and name.strip() not in STAGES:
+        raise UserError(f"tolerance {text!r}: unknown stage {name.strip()!r}; stages are {', '.join(STAGES)}")
+    return Tolerance(text, pattern, _terms(rule, text))
+
+
+def _terms(rule: str, text: str) -> tuple[tuple[str, str, float], ...]:
+    try:
+        value = float(rule)
+    except ValueError:
+        return tuple(_term(part, text) for part in re.split(r"\s+and\s+|,", rule))
+    if not value >= 0:
+        raise UserError(f"tolerance {text!r}: a number from 0 on was expected")
+    return (("relative_l2", "<=", value),)
+
+
+def _term(part: str, text: str) -> tuple[str, str, float]:
+    known = ", ".join(FIGURES + LOGIT_FIGURES)
+    found = _PREDICATE.fullmatch(part)
+    if not found or found[1] not in FIGURES + LOGIT_FIGURES:
+        raise UserError(f"tolerance {text!r}: {part.strip()!r} is no predicate; like cosine>=0.999, of {known}")
+    try:
+        return found[1], found[2], float(found[3])
+    except ValueError:
+        raise UserError(f"tolerance {text!r}: {found[3]!r} is no number") from None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is asked of every stage. `dtype` is the test's, `coarser` that of the pair that decides the bounds."""
+
+    dtype: str
+    coarser: str
+    tolerances: tuple[Tolerance, ...] = ()
+    min_cosine: float | None = None
+    max_ratio: float = MAX_RATIO
+
+    @property
+    def epsilon(self) -> float:
+        """The spacing of the test's dtype at 1, or of the float32 that files hold."""
+        return max(2.0 ** -PRECISION[self.coarser][0], 2.0**-23)
+
+    @property
+    def floor(self) -> float:
+        """The least error that the yardstick is taken to have."""
+        return FLOOR_ULPS * self.epsilon
+
+    def bound(self, stage: str) -> float:
+        """The greatest relative L2 of a stage when nothing else is said."""
+        return BOUNDS[self.coarser] * (STEEP if stage in STEEP_STAGES else 1.0)
+
+    def written(self, key: Key) -> Tolerance | None:
+        """The first rule of the user's that is about this stage."""
+        own = next((rule for rule in self.tolerances if rule.covers(key)), None)
+        if own is None and self.min_cosine is not None:
+            text = f"cosine >= {self.min_cosine:g}"
+            return Tolerance(text, re.compile(".*"), (("cosine", ">=", self.min_cosine),))
+        return own
+
+
+def coarser_of(first: str, second: str) -> str:
+    """Of two dtypes the one with fewer bits of mantissa."""
+    return max(first, second, key=lambda dtype: -PRECISION[dtype][0])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """`fault` says in words why a stage fails (None: it agrees); `blame` is set where the figures alone tell."""
+
+    rule: str
+    fault: str | None = None
+    ratio: float | None = None
+    blame: str | None = None
+
+
+def judge(key: Key, test: Figures, yardstick: Figures | None, between: Figures | None, rules: Rules) -> Judgement:
+    """One stage: `test` and `yardstick` are distances from the reference, `between` the two from each other."""
+    if fault := _not_finite(test, yardstick):
+        return Judgement("finite where the reference is", fault, blame="test")
+    ratio = None
+    if yardstick is not None:
+        ratio = max(_against(yardstick, test, rules, name) for name in ("relative_l2", "channel_median"))
+    if own := rules.written(key):
+        return Judgement(own.text, own.failing(test), ratio)
+    bound = rules.bound(key[1])
+    worst = max(test.relative_l2, test.channel_median)
+    if ratio is None or yardstick is None:
+        fault = None if worst <= bound else f"relative L2 {worst:.3g}, over {bound:g}"
+        return Judgement(f"relative_l2 <= {bound:g}", fault)
+    rule = f"error <= {rules.max_ratio:g} x the yardstick's"
+    if ratio > rules.max_ratio:
+        return Judgement(rule, f"{ratio:.3g} times the yardstick's error", ratio)
+    if worst > bound and between is not None and between.relative_l2 < worst / 2:
+        words = "test and yardstick agree with each other and not with the reference"
+        return Judgement(rule, f"{words}: relative L2 {worst:.3g}, over {bound:g}", ratio, "reference")
+    return Judgement(rule, None, ratio)
+
+
+def _not_finite(test: Figures, yardstick: Figures | None) -> str | None:
+    # Where the yardstick overflows as well, that is the dtype's doing.
+    if test.mismatched > (yardstick.mismatched if yardstick else 0):
+        many = "1 value is" if test.mismatched == 1 else f"{test.mismatched} values are"
+        return f"{many} NaN or infinite in one of the two only"
+    return None if test.count else "no value is finite in both"
+
+
+def _against(yardstick: Figures, test: Figures, rules: Rules, name: str) -> float:
+    return getattr(test, name) / max(getattr(yardstick, name), rules.floor)
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Who is the odd one out at the first divergence: "test", "hf", "reference" or "none", and why."""
+
+    who: str
+    words: str
+
+
+def odd_one_out(test_ref: float, hf_ref: float, test_hf: float, rules: Rules, stage: str) -> Blame:
+    """By all three distances (relative L2): the one that is far from both others, which are near to each other."""
+    distances = f"test-reference {test_ref:.2g}, hf-reference {hf_ref:.2g}, test-hf {test_hf:.2g}"
+    noise = f"nobody: inside the rounding noise of {rules.dtype}"
+    if max(test_ref, hf_ref) <= rules.bound(stage) and test_ref <= rules.max_ratio * max(hf_ref, rules.floor):
+        return Blame("none", f"{noise} ({distances})")
+    # In the order of trust: the odd one is the one outside the nearest pair.
+    near = min((hf_ref, "test"), (test_ref, "hf"), (test_hf, "reference"))
+    others = sorted((test_ref, hf_ref, test_hf))[1]
+    if others > 2 * max(near[0], rules.floor):
+        return Blame(near[1], f"{near[1]}: far from both others, which agree ({distances})")
+    if test_ref > rules.max_ratio * max(hf_ref, rules.floor):
+        return Blame("test", f"test: farther from the reference than hf is ({distances})")
+    return Blame("none", f"nobody can be told: all three differ ({distances})")
+
+
+def check_dtype(dtype: str | None) -> str | None:
+    """Raise `UserError` for a dtype that is not known."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
+    return dtype
+
+
+def compile_missing(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    """The stages that may be missing. Raises `UserError` for what is no regular expression."""
+    if not patterns:
+        return None
+    try:
+        return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    except re.error as error:
+        raise UserError(f"allow-missing {' '.join(patterns)!r}: no regular expression: {error}") from None
