@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from jaxref.options import read_request, run_options
+from jaxref.options import prompt_options, read_prompt, read_selection, run_options
 from weights.cli import run
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
@@ -41,7 +41,9 @@ def _dump(options: dict[str, Any], *, plan: bool, as_json: bool, quiet: bool, be
     output, dtype, device, form, hashing = (
         options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights")
     )
-    request = read_request(**options)
+    wanted = {name: options.pop(name) for name in ("stages", "layers", "positions")}
+    request = read_prompt(**options)
+    selection = read_selection(request, **wanted)
     # Only now: a mistake in the options is told before JAX is imported.
     from jaxref import show
     from jaxref.dump import Job, describe_plan
@@ -52,7 +54,7 @@ def _dump(options: dict[str, Any], *, plan: bool, as_json: bool, quiet: bool, be
     job = Job(
         request.checkpoint,
         request.tokens,
-        request.selection,
+        selection,
         numerics,
         output,
         form,
@@ -71,7 +73,13 @@ def _dump(options: dict[str, Any], *, plan: bool, as_json: bool, quiet: bool, be
     seconds = time.perf_counter() - begun
     if as_json:
         facts = {"output": str(output), "manifest": str(report.manifest), "model": job.checkpoint.name}
-        facts |= {"tokens": job.tokens, "dtype": dtype, "files": len(report.files), "bytes": report.size}
+        facts |= {
+            "tokens": job.tokens,
+            "dtype": dtype,
+            "files": len(report.files),
+            "bytes": report.size,
+            "bytes_read": report.read,
+        }
         click.echo(json.dumps(facts | {"next_tokens": likeliest, "seconds": round(seconds, 3)}))
     elif not quiet:
         show.print_report(report, job, likeliest, seconds)
@@ -101,6 +109,30 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxref" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@main.command()
+@prompt_options
+@click.option("--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def generate(max_tokens: int, dtype: str, device: str, as_json: bool, **options: Any) -> None:
+    """Continue a prompt greedily with MODEL and print the token ids and the text."""
+    request = read_prompt(**options)
+    from jaxref.generate import generate as decode
+    from jaxref.precision import numerics_of
+
+    numerics, found = numerics_of(dtype), find_device(device)
+    use_compilation_cache()
+    with numerics.context():
+        steps = decode(request.checkpoint, request.tokens, numerics, max_tokens, device=found)
+        ids = [step.token for step in steps]
+    text = request.tokenizer.decode(ids) if request.tokenizer else None
+    if as_json:
+        click.echo(json.dumps({"prompt_tokens": request.tokens, "tokens": ids, "text": text}))
+    else:
+        click.echo(",".join(map(str, ids)) + ("" if text is None else f"\n{text!r}"))
 
 
 @main.command()

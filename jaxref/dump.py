@@ -78,7 +78,8 @@ class Report:
 
     manifest: Path
     files: list[dict[str, Any]] = field(default_factory=list)
-    size: int = 0
+    size: int = 0  # bytes written
+    read: int = 0  # bytes of tensors read from the checkpoint
     logits: np.ndarray | None = None  # [V]
 
 
@@ -109,6 +110,7 @@ def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **op
     report.manifest = tree.finish([stage_path(*key, job.form) for key in keys_of(job.checkpoint.config)])
     written = {entry["path"]: entry for entry in writer.entries}
     report.files = [written[path] for path in job.paths()]
+    report.read = job.checkpoint.bytes_read
     report.size = sum((job.output / entry["path"]).stat().st_size for entry in report.files)
     return report
 

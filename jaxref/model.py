@@ -44,6 +44,22 @@ class Piece(NamedTuple):
     selected: bool = False
 
 
+class Past(NamedTuple):
+    """Keys [T, K·h] after RoPE and packed projections [T, (H+2K)h] of the positions so far, with room for more."""
+
+    keys: Array
+    packed: Array
+
+    def extended(self, keys: Array, packed: Array, positions: Array) -> Past:
+        """With the rows of `positions` filled in."""
+        return Past(_filled(self.keys, keys, positions), _filled(self.packed, packed, positions))
+
+
+@jax.jit
+def _filled(rows: Array, new: Array, positions: Array) -> Array:
+    return rows.at[positions].set(new)
+
+
 class Routing(NamedTuple):
     """Where experts come from that are not in memory, and the positions whose insides are asked for."""
 
@@ -76,13 +92,21 @@ Pieces = Generator[Piece, None, Array]  # what a part yields, and the array it h
 
 
 def decoder_layer(
-    layer: Layer, hidden: Array, positions: Array, place: Place, routing: Routing | None = None
+    layer: Layer,
+    hidden: Array,
+    positions: Array,
+    place: Place,
+    routing: Routing | None = None,
+    past: Past | None = None,
 ) -> Pieces:
-    """One decoder layer [S, D] → [S, D]. Without `routing`, a MoE layer's experts are those in `layer`."""
+    """One decoder layer [S, D] → [S, D].
+
+    Without `routing`, a MoE layer's experts are those in `layer`. With `past`, `positions` continue what is there.
+    """
     config, numerics = place.config, place.numerics
     x = ops.rms_norm(hidden, layer.input_layernorm, eps=config.rms_norm_eps, numerics=numerics)
     yield Piece("attn_norm", x)
-    x = yield from self_attention(layer, x, positions, place)
+    x = yield from self_attention(layer, x, positions, place, past)
     hidden = ops.add(hidden, x, numerics=numerics)
     yield Piece("post_attn_residual", hidden)
     x = ops.rms_norm(hidden, layer.post_attention_layernorm, eps=config.rms_norm_eps, numerics=numerics)
@@ -96,7 +120,7 @@ def decoder_layer(
     return hidden
 
 
-def self_attention(layer: Layer, x: Array, positions: Array, place: Place) -> Pieces:
+def self_attention(layer: Layer, x: Array, positions: Array, place: Place, past: Past | None) -> Pieces:
     """Grouped-query attention [S, D] → [S, D]: projections, per-head norms, RoPE, softmax over the past."""
     config, numerics = place.config, place.numerics
     qkv = attn.qkv_matmul(x, layer.q_proj, layer.k_proj, layer.v_proj, rounded=not config.qkv_bias, numerics=numerics)
@@ -118,7 +142,8 @@ def self_attention(layer: Layer, x: Array, positions: Array, place: Place) -> Pi
     yield Piece("q_post_rope", q)
     k = attn.rope(k, positions, **place.rope(config.num_key_value_heads, k_start))
     yield Piece("k_post_rope", k)
-    x = yield from attend(q, k, qkv, positions, place)
+    keys, packed = (k, qkv) if past is None else past.extended(k, qkv, positions)
+    x = yield from attend(q, keys, packed, positions, place)
     yield Piece("attention", x)
     x = ops.linear(x, layer.o_proj, numerics=numerics)
     yield Piece("attn_out", x)
@@ -130,14 +155,14 @@ def attend(q: Array, k: Array, qkv: Array, positions: Array, place: Place) -> Pi
     config, numerics = place.config, place.numerics
     shape = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim, "numerics": numerics}
     window, v_start = config.window(place.layer), config.q_width + config.kv_width
-    count = q.shape[0]
-    rows = query_rows(config.num_attention_heads, count)
+    count, key_positions = q.shape[0], jnp.arange(k.shape[0])
+    rows = query_rows(config.num_attention_heads, count, k.shape[0])
     mixed = []
     for row in range(0, count, rows):
         block = slice(row, row + rows) if rows < count else slice(None)
         scores = attn.attn_scores(q[block], k, **shape)
         yield Piece("attn_scores", scores, row)
-        weights = attn.attn_softmax(scores, positions[block], positions, window=window, numerics=numerics)
+        weights = attn.attn_softmax(scores, positions[block], key_positions, window=window, numerics=numerics)
         yield Piece("attn_softmax", weights, row)
         mixed.append(attn.attention(weights, qkv, start=v_start, **shape))
         del scores, weights
@@ -183,9 +208,9 @@ def lm_head(x: Array, blocks: Iterator[Array], numerics: Numerics) -> Array:
     return jnp.concatenate([ops.linear(x, block, numerics=numerics) for block in blocks], axis=-1)
 
 
-def query_rows(heads: int, count: int) -> int:
-    """How many query rows of `count` positions one block of attention holds."""
-    return min(count, max(1, SCORES_IN_BLOCK // (heads * count)))
+def query_rows(heads: int, count: int, keys: int) -> int:
+    """How many of `count` query rows, each of `keys` scores a head, one block of attention holds."""
+    return min(count, max(1, SCORES_IN_BLOCK // (heads * keys)))
 
 
 def head_rows(config: Config) -> int:

@@ -17,12 +17,15 @@ DEFAULT_PROMPT = "What is 2+2?"
 DEFAULT_TOKENS = [3838, 374, 220, 17, 10, 17, 30]
 MANY_TOKENS = 16  # longer lists are not printed whole
 
-_OPTIONS = (
+_PROMPT = (
     click.argument("model", required=False),
     click.option("--prompt", help="The text, taken raw: no special tokens are added."),
     click.option("--tokens", help="Token ids, for example 3838,374,220."),
     click.option("--tokens-file", type=click.Path(path_type=Path), help="A file of token ids, by blanks or commas."),
     click.option("--chat", is_flag=True, help="Apply the model's chat template to the prompt."),
+)
+_OPTIONS = (
+    *_PROMPT,
     click.option("--stages", default="all", show_default=True, help="all, or a comma list of stage names."),
     click.option("--layers", default="all", show_default=True, help="all, START..END (END excluded) or 0,3,7."),
     click.option("--positions", help="all, last or a list like 5,6.  [default: all; lm_head and MoE stages: last]"),
@@ -34,40 +37,36 @@ _OPTIONS = (
 )
 
 
+def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the argument MODEL and the options that say what it is asked."""
+    for option in reversed(_PROMPT):
+        command = option(command)
+    return command
+
+
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the argument MODEL and the shared options."""
+    """Give a command MODEL, the prompt and what is to be written."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the shared options ask for, checked."""
+class Prompt:
+    """A model and the token ids it is asked about."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer | None
     prompt: str | None
     tokens: list[int]
-    selection: Selection
 
 
-def read_request(
-    model: str | None,
-    prompt: str | None,
-    tokens: str | None,
-    tokens_file: Path | None,
-    chat: bool,
-    stages: str,
-    layers: str,
-    positions: str | None,
-) -> Request:
-    """Open the model and turn the words into ids, names and numbers. Raises `UserError`."""
-    given = [
-        name
-        for name, value in (("--prompt", prompt), ("--tokens", tokens), ("--tokens-file", tokens_file))
-        if value is not None
-    ]
+def read_prompt(
+    model: str | None, prompt: str | None, tokens: str | None, tokens_file: Path | None, chat: bool
+) -> Prompt:
+    """Open the model and turn the prompt into ids inside its vocabulary. Raises `UserError`."""
+    options = {"--prompt": prompt, "--tokens": tokens, "--tokens-file": tokens_file}
+    given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
     checkpoint = open_checkpoint(EMBEDDED if model is None else model)
@@ -80,19 +79,22 @@ def read_request(
         text, ids = None, parse_tokens(tokens)
     else:
         text, ids = _encode(prompt, tokenizer, chat, checkpoint)
-    config = checkpoint.config
-    if outside := [t for t in ids if not 0 <= t < config.vocab_size]:
-        raise UserError(
-            f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {config.vocab_size - 1}"
-        )
-    selection = Selection(
+    size = checkpoint.config.vocab_size
+    if outside := [t for t in ids if not 0 <= t < size]:
+        raise UserError(f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {size - 1}")
+    return Prompt(checkpoint, tokenizer, text, ids)
+
+
+def read_selection(asked: Prompt, stages: str, layers: str, positions: str | None) -> Selection:
+    """What of the model's trace is wanted. Raises `UserError`."""
+    config, count = asked.checkpoint.config, len(asked.tokens)
+    return Selection(
         config,
-        len(ids),
+        count,
         parse_stages(stages, config),
         parse_layers(layers, config.num_hidden_layers),
-        parse_positions(positions, len(ids)),
+        parse_positions(positions, count),
     )
-    return Request(checkpoint, tokenizer, text, ids, selection)
 
 
 def _encode(

@@ -94,7 +94,8 @@ def print_report(report: Report, job: Job, likeliest: list[dict[str, Any]], seco
             table.add_row(*_row(name, entries))
     say(out, f"[b]{job.checkpoint.name}[/b], {job.numerics.name}, {len(job.tokens)} tokens {_tokens(job.tokens)}")
     out.print(table)
-    say(out, f"{len(report.files)} files, {human(report.size)}, {seconds:.1f} s. Manifest: {report.manifest}")
+    say(out, f"{len(report.files)} files, {human(report.size)} written, {human(report.read)} of weights read")
+    say(out, f"{seconds:.1f} s. Manifest: {report.manifest}")
     if job.numerics.name == "float64" and job.form == "aprt":
         say(out, "APRT holds float32: the float64 values were rounded once. --format safetensors keeps them.")
     for entry in report.files:

@@ -2,131 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxref import ops
-from jaxref.model import Piece, Pieces, Place, Routing, decoder_layer, head_rows
+from jaxref.model import Piece, Pieces, Place, Routing, decoder_layer
 from jaxref.precision import Device, Numerics
+from jaxref.reader import Reader, Warn, warn_on_stderr
 from jaxref.selection import Selection
 from jaxref.stages import STAGES
-from weights import Checkpoint, Expert, Layer
-from weights.params import expert_names, layer_names
-
-Warn = Callable[[str], None]
-ALIGNMENT = 64  # bytes; JAX takes a NumPy array over without a copy where its memory begins on such an address
-
-
-def _warn_on_stderr(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-class Reader:
-    """Reads parameters ahead of the computing, in a thread of its own, in the dtype of the precision."""
-
-    def __init__(self, checkpoint: Checkpoint, numerics: Numerics, device: Device | None, warn: Warn) -> None:
-        self.checkpoint, self.numerics, self.device, self.warn = checkpoint, numerics, device, warn
-        self._pool = ThreadPoolExecutor(1, "jaxref-read")
-        self._buffers = Buffers()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def ahead(self, jobs: Iterator[Callable[[], Any]]) -> Iterator[Any]:
-        """Results of the jobs in order, one of them always on its way."""
-        job = next(jobs, None)
-        coming = None if job is None else self._pool.submit(job)
-        while coming is not None:
-            ready = coming.result()
-            job = next(jobs, None)
-            coming = None if job is None else self._pool.submit(job)
-            yield ready
-
-    def forget(self) -> None:
-        """Give up the memory of the layers, before something of other shapes is read."""
-        self._buffers.clear()
-
-    def parameters(self, names: Any, views: Any) -> Any:
-        """Copies of a pytree of views in the compute dtype; the pages they lay on are given back."""
-        loaded = jax.tree.map(self._load, names, views)
-        self.checkpoint.release()
-        return loaded
-
-    def layer(self, index: int) -> Layer:
-        """The parameters of one layer."""
-        return self.parameters(layer_names(self.checkpoint.config, index), self.checkpoint.layer(index))
-
-    def experts(self, layer: int, ids: list[int]) -> Iterator[Expert]:
-        """The experts with these ids in their order, one of them always on its way."""
-        return self.ahead(partial(self._expert, layer, e) for e in ids)
-
-    def _expert(self, layer: int, index: int) -> Expert:
-        return self.parameters(expert_names(layer, index), self.checkpoint.expert(layer, index))
-
-    def _load(self, name: str, view: np.ndarray) -> Array:
-        copy = self._buffers.take(view.shape, self.numerics.compute)
-        np.copyto(copy, view, casting="unsafe")
-        # One pass: a NaN or an Inf anywhere makes the sum so; only then are they counted.
-        with np.errstate(all="ignore"):
-            suspicious = copy.size and not np.isfinite(copy.sum(dtype=self.numerics.wide))
-        if suspicious:
-            self._report(view, copy, name)
-        with self.numerics.context():
-            return jax.device_put(copy, self.device)
-
-    def _report(self, view: np.ndarray, copy: np.ndarray, name: str) -> None:
-        bad = int((~np.isfinite(copy)).sum())
-        stored = int((~np.isfinite(view.astype(np.float32))).sum())
-        if stored:
-            self.warn(f"{name}: {stored} of {copy.size} values are NaN or infinite")
-        if bad > stored:
-            self.warn(f"{name}: {bad - stored} values overflow in {self.numerics.name}")
-
-
-class Buffers:
-    """Aligned memory for parameters, used again as soon as nothing refers to it any more.
-
-    Fresh memory costs more than the conversion that fills it: the system clears each page when it is first touched.
-    """
-
-    def __init__(self) -> None:
-        self._memory: list[np.ndarray] = []
-
-    def __len__(self) -> int:
-        return len(self._memory)
-
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array with arbitrary content. JAX refers to it for as long as an array made of it lives."""
-        size = math.prod(shape) * dtype.itemsize
-        memory = self._free(size)
-        if memory is None:
-            memory = np.empty(size + ALIGNMENT, np.uint8)
-            self._memory.append(memory)
-        start = -memory.ctypes.data % ALIGNMENT
-        return memory[start : start + size].view(dtype).reshape(shape)
-
-    def _free(self, size: int) -> np.ndarray | None:
-        for memory in self._memory:
-            # Three references: the list, this loop's variable, and the call that counts them.
-            if memory.nbytes == size + ALIGNMENT and sys.getrefcount(memory) == 3:
-                return memory
-        return None
-
-    def clear(self) -> None:
-        """Give up what lies unused."""
-        self._memory.clear()
+from weights import Checkpoint
 
 
 def stream(
@@ -136,7 +24,7 @@ def stream(
     numerics: Numerics,
     device: Device | None = None,
     *,
-    warn: Warn = _warn_on_stderr,
+    warn: Warn = warn_on_stderr,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[tuple[int | None, Piece]]:
     """Every stage of a prefill with its layer (None: whole model), in computation order, as it comes to exist.
@@ -149,7 +37,7 @@ def stream(
     rows = selection.rows(STAGES["moe_expert_out"])
     keep = np.arange(len(tokens)) if rows is None else np.asarray(rows)
     with Reader(checkpoint, numerics, device, warn) as reader:
-        hidden = _embed(reader, tokens)
+        hidden = reader.embed(tokens)
         yield 0, Piece("embedding", hidden)
         layers = (partial(reader.layer, i) for i in range(selection.depth()))
         for index, layer in enumerate(reader.ahead(layers)):
@@ -174,25 +62,11 @@ def _at(layer: int, pieces: Pieces) -> Generator[tuple[int, Piece], None, Array]
         yield layer, piece
 
 
-def _embed(reader: Reader, tokens: list[int]) -> Array:
-    """[S, D], reading only the rows of these tokens."""
-    ids, places = np.unique(np.asarray(tokens), return_inverse=True)
-    table = reader.parameters("model.embed_tokens.weight", reader.checkpoint.embedding_rows(ids))
-    return ops.embed(jnp.asarray(places), table, numerics=reader.numerics)
-
-
 def _head(reader: Reader, hidden: Array, selection: Selection) -> Iterator[tuple[None, Piece]]:
-    """`final_norm` for all positions and `lm_head` for the selected ones, the head read in blocks."""
-    checkpoint, numerics = reader.checkpoint, reader.numerics
-    weight = reader.parameters("model.norm.weight", checkpoint.norm())
-    x = ops.rms_norm(hidden, weight, eps=checkpoint.config.rms_norm_eps, numerics=numerics)
+    """`final_norm` for all positions and `lm_head` for the selected ones."""
+    x = reader.final_norm(hidden)
     yield None, Piece("final_norm", x)
-    if not selection.wants(None, "lm_head"):
-        return
-    rows = selection.rows(STAGES["lm_head"])
-    x = x if rows is None else x[np.asarray(rows)]
-    reader.forget()
-    views = checkpoint.head_blocks(head_rows(checkpoint.config))
-    blocks = reader.ahead(partial(reader.parameters, checkpoint.head_name, view) for view in views)
-    logits = [np.asarray(ops.linear(x, block, numerics=numerics)) for block in blocks]
-    yield None, Piece("lm_head", np.concatenate(logits, axis=-1), selected=True)  # type: ignore[arg-type]
+    if selection.wants(None, "lm_head"):
+        rows = selection.rows(STAGES["lm_head"])
+        logits = reader.logits(x if rows is None else x[np.asarray(rows)])
+        yield None, Piece("lm_head", logits, selected=True)  # type: ignore[arg-type]

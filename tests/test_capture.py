@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from jaxref import model
+from jaxref.reader import Buffers
 from jaxref.stages import STAGES
-from jaxref.stream import Buffers
 from tests.conftest import prompt
 from tests.trees import read_tree, tree_bytes, write_tree
 from weights import open_checkpoint

@@ -192,5 +192,5 @@ def test_query_blocks_change_nothing_but_rounding(zoo, monkeypatch: pytest.Monke
     args = (checkpoint.params(), np.asarray(prompt(50, 272)), checkpoint.config)
     whole = jaxref.forward(*args)
     monkeypatch.setattr(model, "SCORES_IN_BLOCK", 6 * 50 * 7)
-    assert model.query_rows(6, 50) == 7
+    assert model.query_rows(6, 50, 50) == 7
     assert max(distances(jaxref.forward(*args), whole).values()) <= 2e-6
