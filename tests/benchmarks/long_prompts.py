@@ -1,0 +1,41 @@
+"""Peak memory of a dump of long prompts, without the stages that are S × S: it must grow as S.
+
+    python -m tests.benchmarks.long_prompts [MODEL] [--tokens 512,1024,2048,4096]
+
+Without MODEL a random checkpoint of the 0.5B shape is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from jaxref.stages import STAGES
+from tests.benchmarks.dump_vs_hf import measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--tokens", default="512,1024,2048,4096")
+    options = parser.parse_args()
+    wanted = [s.name for s in STAGES.values() if "S" not in s.axes[1:] and not s.name.startswith("moe_")]
+    wanted = [name for name in wanted if name not in ("q_norm", "k_norm")]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = options.model or Path(scratch) / "model"
+        if options.model is None:
+            subprocess.run([sys.executable, "-m", "weights", "tiny", str(model), "--like", "0.5b"], check=True)
+        for count in map(int, options.tokens.split(",")):
+            ids = Path(scratch) / "ids"
+            ids.write_text(",".join(str(1000 + i) for i in range(count)))
+            tree = Path(scratch) / "tree"
+            words = [sys.executable, "-m", "jaxref", "dump", str(model), "--tokens-file", str(ids)]
+            seconds, memory, size = measure([*words, "--output", str(tree), "--stages", ",".join(wanted)], tree)
+            print(f"{count:5} tokens  {seconds:6.2f} s  {memory:5.0f} MB peak  {size / 1e9:5.2f} GB written")
+
+
+if __name__ == "__main__":
+    main()
