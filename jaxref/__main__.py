@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxref.options import prompt_options, read_prompt, read_selection, run_options
+from jaxref.command import run_dump
+from jaxref.options import prompt_options, read_prompt, run_options
 from weights.cli import run
+
+if TYPE_CHECKING:
+    from jaxref.dump import Job, Progress, Report
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
@@ -25,64 +29,19 @@ def main() -> None:
 @main.command()
 @run_options
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--format", "form", type=click.Choice(["aprt", "safetensors"]), default="aprt", show_default=True)
 def dump(**options: Any) -> None:
     """Run MODEL over a prompt and write every stage of every layer below --output.
 
     MODEL is a folder, a .safetensors file or an id in the local Hugging Face cache; without it, a tiny built-in model.
     """
-    begun = time.perf_counter()
-    plan, as_json, quiet = (options.pop(name) for name in ("plan", "as_json", "quiet"))
-    _dump(options, plan=plan, as_json=as_json, quiet=quiet, begun=begun)
+    run_dump(options, _write)
 
 
-def _dump(options: dict[str, Any], *, plan: bool, as_json: bool, quiet: bool, begun: float) -> None:
-    output, dtype, device, form, hashing = (
-        options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights")
-    )
-    wanted = {name: options.pop(name) for name in ("stages", "layers", "positions")}
-    request = read_prompt(**options)
-    selection = read_selection(request, **wanted)
-    # Only now: a mistake in the options is told before JAX is imported.
-    from jaxref import show
-    from jaxref.dump import Job, describe_plan
+def _write(job: Job, device: str, progress: Progress) -> Report:
     from jaxref.dump import dump as write
-    from jaxref.precision import numerics_of
 
-    numerics = numerics_of(dtype)
-    job = Job(
-        request.checkpoint,
-        request.tokens,
-        selection,
-        numerics,
-        output,
-        form,
-        request.prompt,
-        hashing,
-        find_device(device),
-    )
-    if plan:
-        rows = describe_plan(job)
-        click.echo(json.dumps(show.plan_json(rows, job.selection))) if as_json else show.print_plan(rows, job)
-        return
     use_compilation_cache()
-    with show.progress_bar(job.selection.depth(), quiet=quiet or as_json) as progress:
-        report = write(job, progress=progress)
-    likeliest = show.next_tokens(report.logits, request.tokenizer)
-    seconds = time.perf_counter() - begun
-    if as_json:
-        facts = {"output": str(output), "manifest": str(report.manifest), "model": job.checkpoint.name}
-        facts |= {
-            "tokens": job.tokens,
-            "dtype": dtype,
-            "files": len(report.files),
-            "bytes": report.size,
-            "bytes_read": report.read,
-        }
-        click.echo(json.dumps(facts | {"next_tokens": likeliest, "seconds": round(seconds, 3)}))
-    elif not quiet:
-        show.print_report(report, job, likeliest, seconds)
+    return write(replace(job, device=find_device(device)), progress=progress)
 
 
 def find_device(name: str) -> Any:

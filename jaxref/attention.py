@@ -34,10 +34,7 @@ def qkv_matmul(
     rounded: bool,
     numerics: Numerics,
 ) -> Float[Array, "S QKV"]:
-    """[S, (H+2K)h]: q, k and v side by side, before the bias.
-
-    Where a bias follows, Hugging Face adds it to the accumulator, so this is no rounding point (`rounded` is False).
-    """
+    """[S, (H+2K)h]: q, k and v side by side, before the bias; with `rounded` False as they were summed."""
     qkv = jnp.concatenate([numerics.dot("sd,od->so", x, w) for w in (q_proj, k_proj, v_proj)], axis=-1)
     return numerics.round(qkv) if rounded else qkv
 
@@ -51,7 +48,11 @@ def qkv_bias(
     *,
     numerics: Numerics,
 ) -> Float[Array, "S QKV"]:
-    """[S, (H+2K)h]: after the biases."""
+    """[S, (H+2K)h]: after the biases.
+
+    Hugging Face adds them to the sums before these are rounded; replayed on a rounded product in half precision, the
+    result is rounded twice.
+    """
     bias = jnp.concatenate([q_bias, k_bias, v_bias])
     return numerics.round(numerics.widen(qkv) + numerics.widen(bias))
 

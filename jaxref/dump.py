@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from weights import Checkpoint, UserError
 WAITING = 64 << 20
 WRITERS = 2
 STAGE_ORDER = {name: place for place, name in enumerate(STAGES)}
+Offer = Callable[[int | None, Piece], None]  # layer (None: whole model) and a stage's value
+Progress = Callable[[int], None]
 PACKAGES = ("jaxref", "jax", "jaxlib", "numpy", "ml_dtypes")
 
 
@@ -44,12 +46,11 @@ class Job:
     hash_weights: bool = False
     device: Device | None = None  # None: where JAX would compute anyway
 
-    def run(self) -> dict[str, Any]:
+    def run(self, producer: str, packages: Sequence[str], device: dict[str, Any], precision: str) -> dict[str, Any]:
         """What the bytes depend on, as JSON values; the head of the manifest."""
-        device = self.device or jax.devices()[0]
         positions = self.selection.positions
         return {
-            "producer": "jaxref",
+            "producer": producer,
             "model": self.checkpoint.name,
             "config": self.checkpoint.config.to_json(),
             "weights": self.checkpoint.identity(whole_files=self.hash_weights),
@@ -57,10 +58,10 @@ class Job:
             "prompt": self.prompt,
             "positions": list(positions) if isinstance(positions, tuple) else positions,
             "dtype": self.numerics.name,
-            "matmul_precision": PRECISION.name,
+            "matmul_precision": precision,
             "format": self.form,
-            "device": {"platform": device.platform, "kind": device.device_kind, "cpus": os.cpu_count()},
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "device": device,
+            "versions": {name: importlib.metadata.version(name) for name in packages},
         }
 
     def itemsize(self) -> int:
@@ -83,10 +84,30 @@ class Report:
     logits: np.ndarray | None = None  # [V]
 
 
-def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **options: Any) -> Report:
+def dump(job: Job, *, progress: Progress = lambda layer: None, **options: Any) -> Report:
     """Write the tree of a job. Raises `UserError` before anything is written where it can't be.
 
     `progress` is called with each layer that is done. `warn` among the options takes warnings about weights.
+    """
+    device = job.device or jax.devices()[0]
+    where = {"platform": device.platform, "kind": device.device_kind, "cpus": os.cpu_count()}
+
+    def feed(offer: Offer) -> None:
+        with job.numerics.context(), jax.default_device(job.device):
+            for layer, piece in stream(
+                job.checkpoint, job.tokens, job.selection, job.numerics, job.device, progress=progress, **options
+            ):
+                offer(layer, piece)
+
+    report = write_tree(job, job.run("jaxref", PACKAGES, where, PRECISION.name), feed)
+    report.read = job.checkpoint.bytes_read
+    return report
+
+
+def write_tree(job: Job, run: dict[str, Any], feed: Callable[[Offer], None]) -> Report:
+    """Write what `feed` offers, stage by stage, as the tree of this job; `run` is the head of its manifest.
+
+    Raises `UserError` before anything is written where it can't be.
     """
     if not job.selection.keys():
         raise UserError("nothing to write: no stage of this selection exists")
@@ -95,24 +116,18 @@ def dump(job: Job, *, progress: Callable[[int], None] = lambda layer: None, **op
     if outside := [t for t in job.tokens if not 0 <= t < job.checkpoint.config.vocab_size]:
         size = job.checkpoint.config.vocab_size
         raise UserError(f"token ids {outside[:8]} are outside the vocabulary, which has ids 0 to {size - 1}")
-    tree = Tree(job.output, job.run())
+    tree = Tree(job.output, run)
     tree.check(job.paths(), job.selection.size(job.itemsize()))
     tree.begin()
-    report = Report(job.output)
-    with Writer(job, tree) as writer, job.numerics.context(), jax.default_device(job.device):
-        for layer, piece in stream(
-            job.checkpoint, job.tokens, job.selection, job.numerics, job.device, progress=progress, **options
-        ):
-            if piece.stage == "lm_head":
-                report.logits = np.asarray(piece.value)[-1].astype(np.float64)
-            if job.selection.wants(layer, piece.stage):
-                writer.put(layer, piece)
-    report.manifest = tree.finish([stage_path(*key, job.form) for key in keys_of(job.checkpoint.config)])
+    with Writer(job, tree) as writer:
+        feed(writer.offer)
     written = {entry["path"]: entry for entry in writer.entries}
-    report.files = [written[path] for path in job.paths()]
-    report.read = job.checkpoint.bytes_read
-    report.size = sum((job.output / entry["path"]).stat().st_size for entry in report.files)
-    return report
+    if missing := [path for path in job.paths() if path not in written]:
+        raise UserError(f"{job.output}: {missing[0]} and {len(missing) - 1} others were not made; there is no manifest")
+    manifest = tree.finish([stage_path(*key, job.form) for key in keys_of(job.checkpoint.config)])
+    files = [written[path] for path in job.paths()]
+    size = sum((job.output / entry["path"]).stat().st_size for entry in files)
+    return Report(manifest, files, size, logits=writer.logits)
 
 
 class Writer:
@@ -124,6 +139,7 @@ class Writer:
     def __init__(self, job: Job, tree: Tree) -> None:
         self.job, self.tree = job, tree
         self.entries: list[dict[str, Any]] = []
+        self.logits: np.ndarray | None = None
         # Several single threads and not one pool: the blocks of a file must keep their order.
         self._pools = [ThreadPoolExecutor(1, "jaxref-write") for _ in range(WRITERS)]
         self._room = threading.Condition()
@@ -133,6 +149,13 @@ class Writer:
 
     def __enter__(self) -> Writer:
         return self
+
+    def offer(self, layer: int | None, piece: Piece) -> None:
+        """Take a piece if it is wanted; of `lm_head` keep the last row in any case."""
+        if piece.stage == "lm_head":
+            self.logits = np.asarray(piece.value)[-1].astype(np.float64)
+        if self.job.selection.wants(layer, piece.stage):
+            self.put(layer, piece)
 
     def put(self, layer: int | None, piece: Piece) -> None:
         """Hand over a piece; waits while too much is waiting for the disk."""

@@ -123,10 +123,11 @@ def decoder_layer(
 def self_attention(layer: Layer, x: Array, positions: Array, place: Place, past: Past | None) -> Pieces:
     """Grouped-query attention [S, D] → [S, D]: projections, per-head norms, RoPE, softmax over the past."""
     config, numerics = place.config, place.numerics
-    qkv = attn.qkv_matmul(x, layer.q_proj, layer.k_proj, layer.v_proj, rounded=not config.qkv_bias, numerics=numerics)
+    sums = attn.qkv_matmul(x, layer.q_proj, layer.k_proj, layer.v_proj, rounded=False, numerics=numerics)
+    qkv = ops.rounded(sums, numerics=numerics)
     yield Piece("qkv_matmul", qkv)
     if config.qkv_bias:
-        qkv = attn.qkv_bias(qkv, layer.q_bias, layer.k_bias, layer.v_bias, numerics=numerics)
+        qkv = attn.qkv_bias(sums, layer.q_bias, layer.k_bias, layer.v_bias, numerics=numerics)
         yield Piece("qkv_bias", qkv)
     q, k, k_start = qkv, qkv, config.q_width
     if config.qk_norm:

@@ -49,6 +49,12 @@ def linear(x: Float[Array, "S I"], weight: Float[Array, "O I"], *, numerics: Num
 
 
 @stage_function
+def rounded(x: Float[Array, "*S D"], *, numerics: Numerics) -> Float[Array, "*S D"]:
+    """Sums as they are stored."""
+    return numerics.round(x)
+
+
+@stage_function
 def add(x: Float[Array, "S D"], y: Float[Array, "S D"], *, numerics: Numerics) -> Float[Array, "S D"]:
     """The residual stream."""
     return numerics.round(numerics.widen(x) + numerics.widen(y))

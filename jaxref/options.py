@@ -30,6 +30,8 @@ _OPTIONS = (
     click.option("--layers", default="all", show_default=True, help="all, START..END (END excluded) or 0,3,7."),
     click.option("--positions", help="all, last or a list like 5,6.  [default: all; lm_head and MoE stages: last]"),
     click.option("--output", type=click.Path(path_type=Path), default=Path("trace"), show_default=True),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+    click.option("--format", "form", type=click.Choice(["aprt", "safetensors"]), default="aprt", show_default=True),
     click.option("--hash-weights", is_flag=True, help="Note the SHA-256 of whole weight files in the manifest."),
     click.option("--plan", is_flag=True, help="Say what would be written and how large, and compute nothing."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),

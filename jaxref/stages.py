@@ -195,7 +195,7 @@ STAGES: dict[str, Stage] = _table(
         attn.qkv_matmul,
         ("attn_norm",),
         ("q_proj", "k_proj", "v_proj"),
-        lambda config, layer: {"rounded": not config.qkv_bias},
+        lambda config, layer: {"rounded": True},
     ),
     Stage(
         "qkv_bias",

@@ -1,0 +1,59 @@
+"""The body of every command that runs a model over a prompt and writes a tree, whoever computes it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jaxref.options import read_prompt, read_selection
+
+if TYPE_CHECKING:
+    from jaxref.dump import Job, Progress, Report
+
+# Takes the job, the device's name and the progress bar; returns what was written.
+Write = Callable[["Job", str, "Progress"], "Report"]
+
+
+def run_dump(options: dict[str, Any], write: Write) -> None:
+    """Read the shared options, let `write` do the work, and tell a person or a machine what came of it."""
+    begun = time.perf_counter()
+    plan, as_json, quiet = (options.pop(name) for name in ("plan", "as_json", "quiet"))
+    device, job, tokenizer = _read(options)
+    from jaxref import show
+    from jaxref.dump import describe_plan
+
+    if plan:
+        rows = describe_plan(job)
+        click.echo(json.dumps(show.plan_json(rows, job.selection))) if as_json else show.print_plan(rows, job)
+        return
+    with show.progress_bar(job.selection.depth(), quiet=quiet or as_json) as progress:
+        report = write(job, device, progress)
+    likeliest = show.next_tokens(report.logits, tokenizer)
+    seconds = time.perf_counter() - begun
+    if as_json:
+        facts = {"output": str(job.output), "manifest": str(report.manifest), "model": job.checkpoint.name}
+        facts |= {"tokens": job.tokens, "dtype": job.numerics.name, "bytes_read": report.read}
+        facts |= {"files": len(report.files), "bytes": report.size, "next_tokens": likeliest}
+        click.echo(json.dumps(facts | {"seconds": round(seconds, 3)}))
+    elif not quiet:
+        show.print_report(report, job, likeliest, seconds)
+
+
+def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:
+    """The device's name, the job, and the tokenizer if there is one."""
+    output, dtype, device, form, hashing = (
+        options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights")
+    )
+    wanted = {name: options.pop(name) for name in ("stages", "layers", "positions")}
+    asked = read_prompt(**options)
+    selection = read_selection(asked, **wanted)
+    from jaxref.dump import Job
+    from jaxref.precision import numerics_of
+
+    numerics = numerics_of(dtype)
+    job = Job(asked.checkpoint, asked.tokens, selection, numerics, output, form, asked.prompt, hashing)
+    return device, job, asked.tokenizer
