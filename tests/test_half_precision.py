@@ -60,4 +60,4 @@ def test_the_first_layer_has_their_bits(traces, dtype: str) -> None:
     assert same["attn_scores"] >= 0.98
     # Each later stage inherits the turned roundings of all before it, in float16 eight times as many.
     late = {stage: share for stage, share in same.items() if stage not in UP_TO_KEYS}
-    assert {stage: share for stage, share in late.items() if share < (0.95 if dtype == "bfloat16" else 0.6)} == {}
+    assert {stage: share for stage, share in late.items() if share < (0.9 if dtype == "bfloat16" else 0.5)} == {}
