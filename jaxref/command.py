@@ -45,8 +45,8 @@ def run_dump(options: dict[str, Any], write: Write) -> None:
 
 def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:
     """The device's name, the job, and the tokenizer if there is one."""
-    output, dtype, device, form, hashing = (
-        options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights")
+    output, dtype, device, form, hashing, convention = (
+        options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights", "convention")
     )
     wanted = {name: options.pop(name) for name in ("stages", "layers", "positions")}
     asked = read_prompt(**options)
@@ -55,5 +55,5 @@ def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:
     from jaxref.precision import numerics_of
 
     numerics = numerics_of(dtype)
-    job = Job(asked.checkpoint, asked.tokens, selection, numerics, output, form, asked.prompt, hashing)
+    job = Job(asked.checkpoint, asked.tokens, selection, numerics, output, form, asked.prompt, hashing, convention)
     return device, job, asked.tokenizer

@@ -44,6 +44,7 @@ class Job:
     form: str = "aprt"
     prompt: str | None = None
     hash_weights: bool = False
+    convention: str = "canonical"  # "apr": zeros above the diagonal of the scores, as that engine writes them
     device: Device | None = None  # None: where JAX would compute anyway
 
     def run(self, producer: str, packages: Sequence[str], device: dict[str, Any], precision: str) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class Job:
             "dtype": self.numerics.name,
             "matmul_precision": precision,
             "format": self.form,
+            "convention": self.convention,
             "device": device,
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
@@ -182,6 +184,8 @@ class Writer:
     def _write(self, layer: int | None, piece: Piece) -> None:
         stage, selection = STAGES[piece.stage], self.job.selection
         value = np.asarray(piece.value)
+        if self.job.convention == "apr" and piece.stage == "attn_scores":
+            value = np.tril(value, piece.row)
         if not piece.selected:
             value = take_rows(value, stage, selection.rows(stage), piece.row)
         if value.shape[stage.row_axis] == 0:

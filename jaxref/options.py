@@ -32,6 +32,7 @@ _OPTIONS = (
     click.option("--output", type=click.Path(path_type=Path), default=Path("trace"), show_default=True),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
     click.option("--format", "form", type=click.Choice(["aprt", "safetensors"]), default="aprt", show_default=True),
+    click.option("--convention", type=click.Choice(["canonical", "apr"]), default="canonical", show_default=True),
     click.option("--hash-weights", is_flag=True, help="Note the SHA-256 of whole weight files in the manifest."),
     click.option("--plan", is_flag=True, help="Say what would be written and how large, and compute nothing."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),

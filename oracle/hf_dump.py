@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from jaxref.dump import Job, Offer, Progress, Report, write_tree
 from jaxref.model import Piece
@@ -26,6 +27,8 @@ def dump_hf(job: Job, device: str, progress: Progress) -> Report:
     run = job.run("huggingface", PACKAGES, where, torch.get_float32_matmul_precision())
 
     def feed(offer: Offer) -> None:
+        # There is a progress bar of ours; this one would also be printed into pipes.
+        disable_progress_bar()
         # Loaded only now, when it is clear that the tree can be written.
         model = hf.load(job.checkpoint.folder, job.numerics.name, device)
 

@@ -86,6 +86,18 @@ def test_blocks_of_query_rows_are_written_where_they_belong(zoo, tmp_path, monke
         assert entry["rms"] == pytest.approx(np.sqrt(np.mean(np.square(expected, dtype=np.float64))), rel=1e-12)
 
 
+@pytest.mark.parametrize("block", [1 << 24, 6 * 40 * 7])
+def test_the_apr_convention_has_zeros_above_the_diagonal(zoo, tmp_path, monkeypatch, block: int) -> None:
+    """And differs in nothing else."""
+    monkeypatch.setattr(model, "SCORES_IN_BLOCK", block)
+    write_tree(zoo("qwen2"), tmp_path / "apr", TOKENS, convention="apr")
+    write_tree(zoo("qwen2"), tmp_path / "canonical", TOKENS)
+    apr, canonical = read_tree(tmp_path / "apr"), read_tree(tmp_path / "canonical")
+    for path, values in canonical.items():
+        expected = np.tril(values.reshape(6, 40, 40)).ravel() if path.endswith("attn_scores.bin") else values
+        np.testing.assert_array_equal(apr[path], expected)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16", "float32"])
 def test_safetensors_keep_the_dtype(zoo, tmp_path, dtype: str) -> None:
     folder = zoo("qwen3")

@@ -23,6 +23,7 @@ def write_tree(
     positions: str | None = None,
     dtype: str = "float32",
     form: str = "aprt",
+    convention: str = "canonical",
     **options,
 ) -> Report:
     """Dump with options as people type them."""
@@ -35,7 +36,8 @@ def write_tree(
         parse_layers(layers, config.num_hidden_layers),
         parse_positions(positions, len(tokens)),
     )
-    return dump(Job(checkpoint, list(tokens), selection, numerics_of(dtype), output, form), **options)
+    job = Job(checkpoint, list(tokens), selection, numerics_of(dtype), output, form, convention=convention)
+    return dump(job, **options)
 
 
 def read_tree(folder: Path) -> dict[str, np.ndarray]:
