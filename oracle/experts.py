@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from jaxref.stages import STAGES, Key
 from oracle.layouts import Pair, View
 
 INDICES, LOGITS, WEIGHTS = "moe_router_indices", "moe_router_logits", "moe_router"
@@ -93,7 +94,9 @@ def _near(
         return bool(margin <= noise)
     if WEIGHTS in pairs and position in pairs[WEIGHTS].positions:
         pair = pairs[WEIGHTS]
-        ours, theirs = (_values(side, position)[rank] for side, rank in zip((pair.reference, pair.test), ranks, strict=True))
+        ours, theirs = (
+            _values(side, position)[rank] for side, rank in zip((pair.reference, pair.test), ranks, strict=True)
+        )
         return bool(abs(ours - theirs) <= TIE_ULPS * epsilon * max(abs(ours), abs(theirs)))
     return False
 
@@ -102,7 +105,7 @@ def _values(view: View, position: int) -> np.ndarray:
     return np.asarray(view.values[0, view.positions.index(position)], np.float64)
 
 
-def apply(pair: Pair, choice: Choice) -> Pair:
+def _ordered(pair: Pair, choice: Choice) -> Pair:
     """A stage inside the experts, or their weights, with the test's experts in the reference's order."""
     place = {position: row for row, position in enumerate(choice.positions)}
     if not set(pair.positions) <= set(place):
@@ -114,6 +117,62 @@ def apply(pair: Pair, choice: Choice) -> Pair:
             order[row] = choice.order[place[position]]
     matched = None if choice.matched[rows].all() or pair.stage.name == WEIGHTS else choice.matched[rows]
     return replace(pair, test=replace(pair.test, order=order), matched=matched)
+
+
+class Choices:
+    """What every tree's routers chose, layer by layer; `count` positions, `layers` layers."""
+
+    RULE = "the same experts, but for near ties"
+
+    def __init__(self, count: int, layers: int) -> None:
+        self._count, self._layers = count, layers
+        self._of: dict[tuple[str, int], Choice] = {}  # (role, layer)
+
+    def add(self, role: str, layer: int, pairs: Mapping[str, Pair], epsilon: float) -> None:
+        """Match the experts of one layer, after those of the layers before it."""
+        choice = choose(pairs, epsilon)
+        # At tokens for which another expert ran before, a router may choose others without being wrong.
+        tied = self.tied((layer, INDICES))
+        forgiven = [swap for swap in choice.faults if swap["token"] in tied]
+        faults = [swap for swap in choice.faults if swap["token"] not in tied]
+        self._of[role, layer] = replace(choice, faults=faults, ties=choice.ties + forgiven)
+
+    def ordered(self, pair: Pair, role: str, layer: int | None) -> Pair:
+        """The pair with its experts in the reference's order, where the stage has experts side by side."""
+        choice = self._of.get((role, layer)) if layer is not None else None
+        return _ordered(pair, choice) if choice and pair.stage.name in (*INSIDE, WEIGHTS, INDICES) else pair
+
+    def tied(self, key: Key) -> set[int]:
+        """Positions whose values may differ because another expert ran before this stage, by a near tie.
+
+        In the same layer that is the token itself, in later layers every token that attends to it.
+        """
+        layer = self._layers if key[0] is None else key[0]
+        order = [*STAGES]
+        after_experts = order.index(key[1]) > order.index(INSIDE[-1])
+        found: set[int] = set()
+        for (_, at), choice in self._of.items():
+            tokens = {tie["token"] for tie in choice.ties}
+            if at < layer and tokens:
+                found |= set(range(min(tokens), self._count))
+            elif at == layer and after_experts:
+                found |= tokens
+        return found
+
+    def unseen(self) -> bool:
+        """Whether some position's experts are not in the trees."""
+        return any(len(choice.positions) < self._count for choice in self._of.values())
+
+    def judged(self, layer: int | None) -> tuple[str | None, list[str]]:
+        """The test's choice in one layer: what is wrong with it (None: nothing), and notes."""
+        choice = self._of.get(("test", layer)) if layer is not None else None
+        if choice is None:
+            return "the experts could not be matched", []
+        wrong = "token {token}: expert {reference} in the reference, {test} in the test"
+        near = "near tie at token {token}: experts {reference} and {test} swapped"
+        notes = [near.format(**swap) for swap in choice.ties]
+        notes += ["the same experts in another order"] if choice.reordered and not choice.faults else []
+        return "; ".join(wrong.format(**swap) for swap in choice.faults[:4]) or None, notes
 
 
 def only(pair: Pair, positions: set[int]) -> Pair:

@@ -64,6 +64,8 @@ def view(tree: Tree, stage: Stage, file: TensorFile, dims: Mapping[str, int], si
     outer = dims["H"] if stage.axes[0] == "H" else 1
     columns = math.prod(axis_size(axis, dims) for axis in stage.axes[stage.row_axis + 1 :])
     size = file.values.size
+    if not outer * columns:
+        raise UserError(f"{file.path}: by its config the reference's model has no {stage.name}")
     if outer == dims["H"] and stage.axes[0] == "H" and size == outer * (single + 1) and single + 1 < columns:
         columns = single + 1  # a decode step sees the keys so far
     rows, rest = divmod(size, outer * columns)
@@ -91,7 +93,7 @@ def single_position(tree: Tree, dims: Mapping[str, int]) -> int:
     if stated is not None and len(stated) == 1:
         return stated[0]
     for key in tree.files:
-        if key[1] in ("attn_scores", "attn_softmax") and stated is None:
+        if key[1] in ("attn_scores", "attn_softmax") and stated is None and dims["H"]:
             keys, rest = divmod(tree.open(key).values.size, dims["H"])
             if not rest and 0 < keys < dims["S"]:
                 return keys - 1

@@ -19,9 +19,9 @@ class Figures:
     """Distances of a test tensor from a reference, over the values that are finite in both.
 
     `relative_l2` is ‖t−r‖/‖r‖; `channel_median` the median over channels of the same, which one massive channel cannot
-    hide; `ulp_*` are in units of the test's dtype at the reference's value; `snr_db` is −20·log10(relative_l2), infinite
-    for equal tensors. `place` is (outer, row, column) of the greatest difference, `mismatch` that of the first value
-    that is NaN or infinite in one of the two only (or differently).
+    hide; `ulp_*` are in units of the test's dtype at the reference's value; `snr_db` is −20·log10(relative_l2),
+    infinite for equal tensors. `place` is (outer, row, column) of the greatest difference, `mismatch` that of the
+    first value that is NaN or infinite in one of the two only (or differently).
     """
 
     count: int
@@ -34,8 +34,8 @@ class Figures:
     ulp_max: float
     channel_median: float
     place: tuple[int, int, int] | None
-    nan_reference: int = 0
-    nan_test: int = 0
+    bad_reference: int = 0
+    bad_test: int = 0
     mismatched: int = 0
     mismatch: tuple[int, int, int] | None = None
     kl: float | None = None
@@ -74,8 +74,10 @@ class Sums:
         self._stride = max(1, -(-size // SAMPLE)) | 1  # odd, so that it meets every column
         self._ulps: list[np.ndarray] = []
         self._ulp_max = 0.0
-        self._max, self._place = -1.0, None
-        self._nan, self._mismatched, self._mismatch = [0, 0], 0, None
+        self._max = -1.0
+        self._place: tuple[int, int, int] | None = None
+        self._bad, self._mismatched = [0, 0], 0
+        self._mismatch: tuple[int, int, int] | None = None
         self.logits: Logits | None = None
 
     def add(
@@ -112,8 +114,8 @@ class Sums:
         bad = bad_r | bad_t
         nan_r, nan_t = np.isnan(r), np.isnan(t)
         wrong = bad & ~((nan_r & nan_t) | (r == t))
-        self._nan[0] += int(bad_r.sum())
-        self._nan[1] += int(bad_t.sum())
+        self._bad[0] += int(bad_r.sum())
+        self._bad[1] += int(bad_t.sum())
         if self._mismatch is None and wrong.any():
             row, column = divmod(int(wrong.argmax()), r.shape[1])
             self._mismatch = (origin[0], origin[1] + row, column)
@@ -150,19 +152,20 @@ class Sums:
         ulps = np.concatenate(self._ulps) if self._ulps else np.zeros(0)
         scale = 2.0**self._mantissa
         return Figures(
-            self._count,
-            relative,
-            self._cross / norms if norms else 0.0,
-            max(self._max, 0.0),
-            math.sqrt(difference / self._count) if self._count else 0.0,
-            -20 * math.log10(relative) if relative else math.inf,
-            float(np.median(ulps)) * scale if ulps.size else 0.0,
-            self._ulp_max * scale,
-            self._channel_median(),
-            self._place if self._count else None,
-            *self._nan,
-            self._mismatched,
-            self._mismatch,
+            count=self._count,
+            relative_l2=relative,
+            cosine=self._cross / norms if norms else 0.0,
+            max_abs=max(self._max, 0.0),
+            rms=math.sqrt(difference / self._count) if self._count else 0.0,
+            snr_db=-20 * math.log10(relative) if 0 < relative < math.inf else math.inf if not relative else -math.inf,
+            ulp_median=float(np.median(ulps)) * scale if ulps.size else 0.0,
+            ulp_max=self._ulp_max * scale,
+            channel_median=self._channel_median(),
+            place=self._place if self._count else None,
+            bad_reference=self._bad[0],
+            bad_test=self._bad[1],
+            mismatched=self._mismatched,
+            mismatch=self._mismatch,
             **(self.logits.figures() if self.logits else {}),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Sequence
@@ -13,13 +14,19 @@ from oracle.trees import DTYPES, path_of
 from weights import UserError
 
 # Greatest relative L2 (and channel median) of a two-way compare; see docs/decisions.md for what was measured.
-BOUNDS = {"float64": 1e-6, "float32": 1e-4, "float16": 0.03, "bfloat16": 0.15}
+BOUNDS = {"float64": 1e-6, "float32": 3e-5, "float16": 0.03, "bfloat16": 0.15}
 # A softmax's relative error is the absolute error of its scores, and `attention` inherits it.
 STEEP = 4.0
 STEEP_STAGES = ("attn_softmax", "attention", "attn_out")
+# Before the first attention nothing is inherited yet.
+FRESH = 0.25
+FRESH_STAGES = ("embedding", "attn_norm", "qkv_matmul", "qkv_bias")
 # The least error that a yardstick is taken to have, in ulp of its dtype: below it, ratios say nothing.
 FLOOR_ULPS = 1.0
 MAX_RATIO = 2.0
+# An error of fewer values than this is luck: the ratio may be greater by √(FEW/values), and the yardstick's error is
+# taken to be at least that of the stage before.
+FEW = 256
 FIGURES = ("relative_l2", "cosine", "max_abs", "rms", "snr_db", "ulp_median", "ulp_max", "channel_median")
 LOGIT_FIGURES = ("kl", "top1", "top10")
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -87,13 +94,14 @@ def _term(part: str, text: str) -> tuple[str, str, float]:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is asked of every stage. `dtype` is the test's, `coarser` that of the pair that decides the bounds."""
+    """What is asked of every stage. `dtype` is the test's, `coarser` that of the pair, which decides the bounds."""
 
     dtype: str
     coarser: str
     tolerances: tuple[Tolerance, ...] = ()
     min_cosine: float | None = None
     max_ratio: float = MAX_RATIO
+    positions: int = 1  # tokens of the prompt
 
     @property
     def epsilon(self) -> float:
@@ -105,9 +113,14 @@ class Rules:
         """The least error that the yardstick is taken to have."""
         return FLOOR_ULPS * self.epsilon
 
-    def bound(self, stage: str) -> float:
-        """The greatest relative L2 of a stage when nothing else is said."""
-        return BOUNDS[self.coarser] * (STEEP if stage in STEEP_STAGES else 1.0)
+    def bound(self, key: Key) -> float:
+        """The greatest relative L2 (and channel median) of a stage when nothing else is said."""
+        layer, stage = key
+        if layer == 0 and stage in FRESH_STAGES:
+            return BOUNDS[self.coarser] * FRESH
+        # RoPE's angles are float32 in all but float64: at position p they are off by about p·2⁻²⁴ radians.
+        angles = 0.0 if self.coarser == "float64" else self.positions * 2.0**-24
+        return (BOUNDS[self.coarser] + angles) * (STEEP if stage in STEEP_STAGES else 1.0)
 
     def written(self, key: Key) -> Tolerance | None:
         """The first rule of the user's that is about this stage."""
@@ -133,26 +146,46 @@ class Judgement:
     blame: str | None = None
 
 
-def judge(key: Key, test: Figures, yardstick: Figures | None, between: Figures | None, rules: Rules) -> Judgement:
-    """One stage: `test` and `yardstick` are distances from the reference, `between` the two from each other."""
-    if fault := _not_finite(test, yardstick):
+@dataclass(frozen=True)
+class Yardstick:
+    """What rounding alone does to a stage: a third tree's distance from the reference, and from the test if needed.
+
+    `before` is its figures at the stage before, in the same layer.
+    """
+
+    figures: Figures
+    from_test: Figures | None = None
+    before: Figures | None = None
+
+    def ratio(self, test: Figures, rules: Rules) -> float:
+        """The test's error over the yardstick's: the worse of the relative L2 and of the median over channels."""
+        return max(self._ratio(test, rules, name) for name in ("relative_l2", "channel_median"))
+
+    def _ratio(self, test: Figures, rules: Rules, name: str) -> float:
+        error = max(getattr(self.figures, name), rules.floor)
+        if self.before is not None and test.count < FEW:
+            error = max(error, getattr(self.before, name))
+        return getattr(test, name) / error
+
+
+def judge(key: Key, test: Figures, hf: Yardstick | None, rules: Rules) -> Judgement:
+    """One stage of one layer: `test` is the distance from the reference that is judged."""
+    if fault := _not_finite(test, hf.figures if hf else None):
         return Judgement("finite where the reference is", fault, blame="test")
-    ratio = None
-    if yardstick is not None:
-        ratio = max(_against(yardstick, test, rules, name) for name in ("relative_l2", "channel_median"))
+    ratio = hf.ratio(test, rules) if hf else None
     if own := rules.written(key):
         return Judgement(own.text, own.failing(test), ratio)
-    bound = rules.bound(key[1])
-    worst = max(test.relative_l2, test.channel_median)
-    if ratio is None or yardstick is None:
-        fault = None if worst <= bound else f"relative L2 {worst:.3g}, over {bound:g}"
-        return Judgement(f"relative_l2 <= {bound:g}", fault)
-    rule = f"error <= {rules.max_ratio:g} x the yardstick's"
-    if ratio > rules.max_ratio:
+    bound, worst = rules.bound(key), max(test.relative_l2, test.channel_median)
+    if hf is None or ratio is None:
+        fault = None if worst <= bound else f"relative L2 {worst:.3g}, over {bound:.3g}"
+        return Judgement(f"relative L2 <= {bound:.3g}", fault)
+    limit = rules.max_ratio * max(1.0, math.sqrt(FEW / test.count))
+    rule = f"error <= {limit:.3g} x the yardstick's"
+    if ratio > limit:
         return Judgement(rule, f"{ratio:.3g} times the yardstick's error", ratio)
-    if worst > bound and between is not None and between.relative_l2 < worst / 2:
+    if worst > bound and hf.from_test is not None and hf.from_test.relative_l2 < worst / 2:
         words = "test and yardstick agree with each other and not with the reference"
-        return Judgement(rule, f"{words}: relative L2 {worst:.3g}, over {bound:g}", ratio, "reference")
+        return Judgement(rule, f"{words}: relative L2 {worst:.3g}, over {bound:.3g}", ratio, "reference")
     return Judgement(rule, None, ratio)
 
 
@@ -164,10 +197,6 @@ def _not_finite(test: Figures, yardstick: Figures | None) -> str | None:
     return None if test.count else "no value is finite in both"
 
 
-def _against(yardstick: Figures, test: Figures, rules: Rules, name: str) -> float:
-    return getattr(test, name) / max(getattr(yardstick, name), rules.floor)
-
-
 @dataclass(frozen=True)
 class Blame:
     """Who is the odd one out at the first divergence: "test", "hf", "reference" or "none", and why."""
@@ -176,11 +205,11 @@ class Blame:
     words: str
 
 
-def odd_one_out(test_ref: float, hf_ref: float, test_hf: float, rules: Rules, stage: str) -> Blame:
+def odd_one_out(test_ref: float, hf_ref: float, test_hf: float, rules: Rules, key: Key) -> Blame:
     """By all three distances (relative L2): the one that is far from both others, which are near to each other."""
     distances = f"test-reference {test_ref:.2g}, hf-reference {hf_ref:.2g}, test-hf {test_hf:.2g}"
     noise = f"nobody: inside the rounding noise of {rules.dtype}"
-    if max(test_ref, hf_ref) <= rules.bound(stage) and test_ref <= rules.max_ratio * max(hf_ref, rules.floor):
+    if max(test_ref, hf_ref) <= rules.bound(key) and test_ref <= rules.max_ratio * max(hf_ref, rules.floor):
         return Blame("none", f"{noise} ({distances})")
     # In the order of trust: the odd one is the one outside the nearest pair.
     near = min((hf_ref, "test"), (test_ref, "hf"), (test_hf, "reference"))

@@ -1,0 +1,127 @@
+"""`python -m oracle`: compare trees of intermediates, and single files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jaxref.command import run_dump
+from jaxref.options import run_options
+from weights import UserError
+from weights.cli import run
+
+if TYPE_CHECKING:
+    from jaxref.dump import Job, Progress, Report
+
+FOLDER = click.Path(path_type=Path)
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="jaxref", prog_name="oracle")
+def main() -> None:
+    """Verdicts over trees of intermediates: which one is wrong, and where it begins."""
+
+
+@main.command()
+@click.argument("reference", type=FOLDER)
+@click.argument("test", type=FOLDER)
+@click.option("--hf", type=FOLDER, help="A third tree in TEST's dtype, the yardstick: how far rounding alone leads.")
+@click.option(
+    "--tolerance", "tolerances", multiple=True, help="stage:value (relative L2) or regex:predicate; first match wins."
+)
+@click.option("--min-cosine", type=click.FloatRange(-1, 1), help="Judge every stage by its cosine alone.")
+@click.option(
+    "--max-ratio",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="How many times the yardstick's error TEST may have.",
+)
+@click.option("--allow-missing", multiple=True, metavar="REGEX", help="Stages (or layer-N/stage) that may be missing.")
+@click.option("--accept-layout", is_flag=True, help="Do not fail where q or k lies head-major.")
+@click.option("--test-dtype", type=click.Choice(DTYPES), help="TEST's dtype, where its manifest does not say.")
+@click.option("--positions", help="The positions of TEST's rows, like 5,6, where its manifest does not say.")
+@click.option("--json", "as_json", is_flag=True, help="JSON records on stdout, one a line, the summary last.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit report for CI to this file.")
+def compare(as_json: bool, junit: Path | None, **options: Any) -> int:
+    """Compare the tree TEST with the tree REFERENCE, stage by stage.
+
+    Exit 0: all agree. 1: something diverges. 2: wrong use, or stages are missing.
+    """
+    from oracle import records, report
+
+    result = _compare(options)
+    if junit is not None:
+        records.write_junit(result, junit)
+    if as_json:
+        records.print_json(result)
+    else:
+        report.print_report(result)
+    return result.exit_code
+
+
+def _compare(options: dict[str, Any]) -> Any:
+    from oracle.comparer import Options
+    from oracle.comparer import compare as run_compare
+    from oracle.verdict import compile_missing, parse_tolerance
+
+    reference, test, hf = (options.pop(name) for name in ("reference", "test", "hf"))
+    tolerances = tuple(parse_tolerance(text) for text in options.pop("tolerances"))
+    missing = compile_missing(options.pop("allow_missing"))
+    positions = _positions(options.pop("positions"))
+    return run_compare(reference, test, hf, Options(tolerances, allow_missing=missing, positions=positions, **options))
+
+
+def _positions(text: str | None) -> tuple[int, ...] | None:
+    from weights import UserError
+
+    if text is None:
+        return None
+    try:
+        positions = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"positions {text!r}: a comma list like 5,6 was expected") from None
+    if len(set(positions)) < len(positions):
+        raise UserError(f"positions {text!r}: one of them is there twice")
+    return positions
+
+
+@main.command()
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@click.option("--limit", type=click.IntRange(0), default=10, show_default=True, help="How many differences to list.")
+@click.option("--json", "as_json", is_flag=True, help="The schema of `apr diff --values --json`.")
+def diff(a: Path, b: Path, limit: int, as_json: bool) -> None:
+    """Compare two tensor files value by value, whatever their stages are called."""
+    from oracle.diff import diff as run_diff
+    from oracle.report import print_diff
+
+    found = run_diff(a, b, limit)
+    if as_json:
+        click.echo(json.dumps(found, allow_nan=False))
+    else:
+        print_diff(found)
+
+
+@main.command()
+@run_options
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+def hf(**options: Any) -> None:
+    """Run MODEL by transformers' own modules and write every stage, as `python -m jaxref dump` does."""
+    run_dump(options, _write_hf)
+
+
+def _write_hf(job: Job, device: str, progress: Progress) -> Report:
+    try:
+        from oracle.hf_dump import dump_hf
+    except ImportError as error:
+        raise UserError(f"the Hugging Face path needs torch ({error}): pip install 'jaxref[hf]'") from None
+    return dump_hf(job, device, progress)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,245 @@
+"""Two or three trees → a comparison a stage → a result with its first divergence and whom to blame."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxref.stages import STAGES, Key
+from oracle import experts
+from oracle.experts import Choices
+from oracle.layouts import Pair, View, single_position, view
+from oracle.measure import Stagewise, measure, worst_place
+from oracle.result import Comparison, Result, Skip
+from oracle.same import same_run
+from oracle.trees import Tree, ordered, path_of
+from oracle.verdict import Blame, Judgement, Rules, Tolerance, Yardstick, coarser_of, judge, odd_one_out
+from weights import UserError
+
+WORKERS = 2
+# After a near tie another expert ran: such positions may be off, but not by this much.
+AFTER_TIE = 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compare. `positions` (of the test's rows) and `test_dtype` are for trees whose manifest does not say."""
+
+    tolerances: tuple[Tolerance, ...] = ()
+    min_cosine: float | None = None
+    max_ratio: float = 2.0
+    allow_missing: re.Pattern[str] | None = None
+    accept_layout: bool = False
+    test_dtype: str | None = None
+    positions: tuple[int, ...] | None = None
+
+
+def compare(
+    reference: str | Path, test: str | Path, hf: str | Path | None = None, options: Options | None = None
+) -> Result:
+    """Compare the tree TEST with the tree REFERENCE, stage by stage, with HF as the yardstick of rounding noise.
+
+    Raises `UserError` for trees that cannot be compared: broken, empty, of other tokens or another model, or with no
+    stage in common.
+    """
+    options = options or Options()
+    trees = {"reference": Tree(reference, "reference"), "test": Tree(test, "test", options.positions)}
+    if hf is not None:
+        trees["hf"] = Tree(hf, "yardstick")
+    return _Comparer(trees, options).run()
+
+
+class _Comparer:
+    """One run of `compare`: the trees, what their files mean, and the rules."""
+
+    def __init__(self, trees: dict[str, Tree], options: Options) -> None:
+        self.trees, self.options = trees, options
+        self.notes = same_run(trees)
+        config = next((tree.config for tree in trees.values() if tree.config is not None), None)
+        tokens = next((tree.tokens for tree in trees.values() if tree.tokens is not None), None)
+        if config is None or tokens is None:
+            raise UserError(
+                f"{trees['reference'].folder}: has no manifest, and the shapes come from there; make the reference by"
+                " `python -m jaxref dump`, or compare two files by `python -m oracle diff`"
+            )
+        self.dims = config.dims() | {"S": len(tokens)}
+        self.single = {role: single_position(tree, self.dims) for role, tree in trees.items()}
+        self.rules = self._rules()
+        self.choices = Choices(self.dims["S"], self.dims["L"])
+        self.skips: list[Skip] = []
+
+    def _rules(self) -> Rules:
+        test, hf = self.trees["test"], self.trees.get("hf")
+        yardstick = hf.stated_dtype if hf else None
+        dtype = self.options.test_dtype or test.stated_dtype or yardstick
+        if dtype is None:
+            dtype = test.guess_dtype()
+            self.notes.append(f"the test tree does not say its dtype; its values are those of {dtype} (--test-dtype)")
+        if yardstick is not None and yardstick != dtype:
+            raise UserError(f"the yardstick is {yardstick} and the test {dtype}; --hf takes a tree in the test's dtype")
+        reference = self.trees["reference"].stated_dtype or "float32"
+        return Rules(
+            dtype,
+            coarser_of(dtype, reference),
+            self.options.tolerances,
+            self.options.min_cosine,
+            self.options.max_ratio,
+            self.dims["S"],
+        )
+
+    def run(self) -> Result:
+        keys = list(self._comparable())
+        if not keys:
+            names = " and ".join(str(self.trees[role].folder) for role in ("reference", "test"))
+            raise UserError(f"{names} have no stage in common, so nothing was compared")
+        self._choose(keys)
+        with ThreadPoolExecutor(WORKERS, "oracle-compare") as pool:
+            measured = list(pool.map(self._measure, keys))
+        comparisons: list[Comparison] = []
+        for found in measured:
+            if found is not None:
+                comparisons.append(self._judge(found, comparisons[-1] if comparisons else None))
+        if not comparisons:
+            raise UserError("the trees have no position in common, so nothing was compared")
+        order = ordered({skip.key for skip in self.skips})
+        skips = sorted(self.skips, key=lambda skip: order.index(skip.key))
+        result = Result(self.trees, self.rules, comparisons, skips, self.notes)
+        self._explain(result)
+        return result
+
+    def _comparable(self) -> Iterator[Key]:
+        reference, test, hf = (self.trees.get(role) for role in ("reference", "test", "hf"))
+        assert reference is not None and test is not None
+        for key in ordered(set(reference.files) | set(test.files)):
+            if key not in reference.files:
+                self.skips.append(Skip(key, "not in the reference tree", False))
+            elif key not in test.files:
+                self._miss(key, "missing in the test tree")
+            else:
+                if hf is not None and key not in hf.files:
+                    self._miss(key, "missing in the yardstick tree; judged without it")
+                yield key
+        for tree in self.trees.values():
+            if tree.unknown:
+                self.notes.append(f"{tree.folder}: no stages, so not compared: {', '.join(tree.unknown[:8])}")
+
+    def _miss(self, key: Key, reason: str) -> None:
+        allowed = self.options.allow_missing
+        fine = allowed is not None and any(allowed.fullmatch(name) for name in (key[1], path_of(key)))
+        self.skips.append(Skip(key, reason + (" (allowed)" if fine else ""), not fine))
+
+    def _choose(self, keys: list[Key]) -> None:
+        """Which experts each tree chose, before anything that depends on it is compared."""
+        for role, tree in self.trees.items():
+            for layer, stage in keys:
+                if role == "reference" or stage != experts.INDICES or layer is None:
+                    continue
+                pairs: dict[str, Pair] = {}
+                for name in (experts.INDICES, experts.LOGITS, experts.WEIGHTS):
+                    if (layer, name) in self.trees["reference"].files and (layer, name) in tree.files:
+                        pair = self._pair((layer, name), "reference", role)
+                        pairs |= {name: pair} if pair else {}
+                if experts.INDICES in pairs:
+                    self.choices.add(role, layer, pairs, self.rules.epsilon)
+        if self.choices.unseen():
+            self.notes.append(
+                "the experts' stages do not hold all positions: a near-tie swap elsewhere cannot be told from a fault"
+                " (dump with --positions all)"
+            )
+
+    def _view(self, key: Key, role: str) -> View:
+        tree = self.trees[role]
+        return view(tree, STAGES[key[1]], tree.open(key), self.dims, self.single[role])
+
+    def _pair(self, key: Key, first: str, second: str) -> Pair | None:
+        """Two trees at their common positions; None where they have none."""
+        ours, theirs = self._view(key, first), self._view(key, second)
+        positions = set(ours.positions) & set(theirs.positions)
+        if not positions:
+            return None
+        pair = Pair(STAGES[key[1]], self.dims, ours, theirs, tuple(sorted(positions)))
+        return self.choices.ordered(pair, second, key[0])
+
+    def _measure(self, key: Key) -> Stagewise | None:
+        """A stage in every tree that has it, at the positions that all of them have; None where there are none."""
+        pairs = {role: self._pair(key, "reference", role) for role in ("test", "hf") if self._has(role, key)}
+        found = {role: pair for role, pair in pairs.items() if pair is not None}
+        positions = set.intersection(*(set(pair.positions) for pair in found.values())) if found else set()
+        if "test" not in found or not positions:
+            self._miss(key, "no position in common")
+            return None
+        clean = positions - self.choices.tied(key)
+        test, hf = (
+            measure(experts.only(found[role], clean or positions), self.rules.dtype) if role in found else None
+            for role in ("test", "hf")
+        )
+        assert test is not None
+        between = None
+        if hf is not None and max(test.figures.relative_l2, test.figures.channel_median) > self.rules.bound(key):
+            between = measure(replace(test.pair, reference=hf.pair.test), self.rules.dtype).figures
+        return Stagewise(key, test, hf, between, after_tie=not clean, fewer=bool(clean) and clean < positions)
+
+    def _has(self, role: str, key: Key) -> bool:
+        return role in self.trees and key in self.trees[role].files
+
+    def _judge(self, found: Stagewise, before: Comparison | None) -> Comparison:
+        key, test, hf = found.key, found.test, found.hf
+        notes = found.notes()
+        if key[1] == experts.INDICES:
+            fault, more = self.choices.judged(key[0])
+            judgement = Judgement(Choices.RULE, fault, blame="test" if fault else None)
+            notes += more
+        else:
+            same_layer = before is not None and before.key[0] == key[0]
+            earlier = before.hf if before and same_layer and before.key[1] != experts.INDICES else None
+            yardstick = Yardstick(hf.figures, found.between, earlier) if hf else None
+            judgement = judge(key, test.figures, yardstick, self.rules)
+        status = "diverge" if judgement.fault else "agree"
+        if status == "agree" and test.layout and not self.options.accept_layout:
+            words = f"{test.layout}; the values agree once they are put in order (--accept-layout)"
+            status, judgement = "layout", replace(judgement, fault=words, blame="test")
+        elif found.unmatched:
+            status = "tie"
+        elif found.after_tie and test.figures.relative_l2 < AFTER_TIE and not test.figures.mismatched:
+            status = "tie" if status == "diverge" else status
+        place = test.figures.mismatch if test.figures.mismatched else test.figures.place
+        where = test.pair.coordinate(place)
+        return Comparison(key, status, judgement, test.figures, hf.figures if hf else None, where, tuple(notes))
+
+    def _explain(self, result: Result) -> None:
+        """Fill in what only the first divergence needs: the last good stage, the worst place, the odd one out."""
+        first = result.first
+        if first is None:
+            result.blame = _nobody(result)
+            return
+        before = result.comparisons[: result.comparisons.index(first)]
+        result.last_good = before[-1].key if before else None
+        pair = self._pair(first.key, "reference", "test")
+        result.worst = worst_place(measure(pair, self.rules.dtype).pair) if pair else {}
+        result.blame = self._blame(first)
+
+    def _blame(self, first: Comparison) -> Blame:
+        if first.hf is None:
+            if first.judgement.blame == "test":
+                return Blame("test", f"test: {first.judgement.fault}")
+            return Blame("none", "two trees cannot tell who is wrong; a third one by --hf can")
+        if first.judgement.blame == "test" and not first.hf.mismatched:
+            return Blame("test", f"test: {first.judgement.fault}")
+        pair = self._pair(first.key, "hf", "test")
+        between = measure(pair, self.rules.dtype).figures.relative_l2 if pair else 0.0
+        distances = first.test.relative_l2, first.hf.relative_l2, between
+        return odd_one_out(*distances, self.rules, first.key)
+
+
+def _nobody(result: Result) -> Blame:
+    if "hf" not in result.trees:
+        return Blame("none", "nobody: no divergence")
+    off = [c for c in result.comparisons if c.hf and c.hf.relative_l2 > result.rules.bound(c.key)]
+    off = [c for c in off if c.hf and c.test.relative_l2 < c.hf.relative_l2 / 10]
+    if off:
+        words = f"hf: the yardstick is off from {path_of(off[0].key)} on, where test and reference agree"
+        return Blame("hf", words)
+    return Blame("none", f"nobody: inside the rounding noise of {result.rules.dtype}")

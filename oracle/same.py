@@ -1,0 +1,69 @@
+"""Whether trees are of one run: the same tokens through the same model, as far as their manifests say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from oracle.trees import Tree
+from weights import UserError
+
+# What must agree in two manifests for the trees to be of one model.
+SAME_MODEL = (
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    " head_dim num_experts num_experts_per_tok moe_intermediate_size"
+).split()
+
+
+def same_run(trees: Mapping[str, Tree]) -> list[str]:
+    """Raise `UserError` for trees of other tokens or another model; notes on what else differs in their manifests."""
+    notes: list[str] = []
+    first = next((tree for tree in trees.values() if tree.manifest is not None), None)
+    for tree in trees.values():
+        if first is None or tree is first or tree.manifest is None:
+            continue
+        if None not in (tree.tokens, first.tokens) and tree.tokens != first.tokens:
+            raise UserError(f"{first.folder} and {tree.folder} are of other tokens: {_short(first)} and {_short(tree)}")
+        notes += _same_model(first, tree)
+        notes += _same_weights(first, tree)
+    return notes
+
+
+def _same_weights(first: Tree, second: Tree) -> Iterator[str]:
+    """Refuse weights whose digests differ; another file or header may still hold the same model."""
+    ours, theirs = (_files(tree) for tree in (first, second))
+    for name in sorted(ours.keys() & theirs.keys()):
+        digests = [file.get("sha256") for file in (ours[name], theirs[name])]
+        if None not in digests and digests[0] != digests[1]:
+            raise UserError(f"{first.folder} and {second.folder} are of different models: the bytes of {name} differ")
+    headers = [sorted(str(file.get("header_sha256")) for file in files.values()) for files in (ours, theirs)]
+    if ours and theirs and headers[0] != headers[1]:
+        yield f"{first.folder} and {second.folder} were made from different weight files"
+
+
+def _files(tree: Tree) -> dict[str, dict[str, Any]]:
+    files = (tree.manifest or {}).get("weights")
+    if not isinstance(files, list):
+        return {}
+    return {str(file.get("file")): file for file in files if isinstance(file, dict)}
+
+
+def _short(tree: Tree) -> str:
+    tokens = tree.tokens or []
+    return ",".join(map(str, tokens[:8])) + (f",… ({len(tokens)})" if len(tokens) > 8 else "")
+
+
+def _same_model(first: Tree, second: Tree) -> Iterator[str]:
+    ours, theirs = (vars(tree.config) if tree.config else None for tree in (first, second))
+    if ours is None or theirs is None:
+        return
+    differing = [name for name in ours if _plain(ours[name]) != _plain(theirs[name])]
+    words = [f"{name} {ours[name]} and {theirs[name]}" for name in differing]
+    if set(differing) & set(SAME_MODEL):
+        raise UserError(f"{first.folder} and {second.folder} are of different models: {', '.join(words)}")
+    if words:
+        yield f"the configs of {first.folder} and {second.folder} differ: {', '.join(words)}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,28 @@
+"""Why a third oracle is worth having, on a real checkpoint: `make test ARGS="--real-model DIR"`."""
+
+from __future__ import annotations
+
+import pytest
+
+from oracle.comparer import Options, compare
+from oracle.report import as_text
+from tests.oracle.faults import write
+from tests.trees import write_tree
+
+TOKENS = [3838, 374, 220, 17, 10, 17, 30]  # What is 2+2?
+
+
+@pytest.mark.real_model
+def test_float16_noise_is_nobodys_fault(real_model, tmp_path) -> None:
+    hf = pytest.importorskip("oracle.hf", reason="needs torch: pip install 'jaxref[hf]'")
+    folder = real_model / "hf"
+    for dtype in ("float64", "float16"):
+        write_tree(folder, tmp_path / dtype, TOKENS, dtype=dtype)
+    write(tmp_path / "test", hf.capture(hf.load(folder, "float16"), TOKENS))
+    result = compare(tmp_path / "float64", tmp_path / "test", tmp_path / "float16")
+    assert result.verdict == "agree", as_text(result)
+    assert result.blame.words == "nobody: inside the rounding noise of float16"
+    worst = max(result.comparisons, key=lambda c: c.test.relative_l2)
+    assert worst.key == (0, "attn_softmax") and worst.test.relative_l2 == pytest.approx(0.037, abs=0.005)
+    two_way = compare(tmp_path / "float64", tmp_path / "test", options=Options(min_cosine=0.9999))
+    assert two_way.first is not None and two_way.first.key == (0, "attn_softmax")
