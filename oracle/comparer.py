@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jaxref.stages import STAGES, Key
 from oracle import experts
+from oracle.conventions import recognise
 from oracle.experts import Choices
 from oracle.layouts import Pair, View, single_position, view
 from oracle.measure import Stagewise, measure, worst_place
@@ -68,6 +69,10 @@ class _Comparer:
         self.dims = config.dims() | {"S": len(tokens)}
         self.single = {role: single_position(tree, self.dims) for role, tree in trees.items()}
         self.rules = self._rules()
+        self.conventions = {role: recognise(tree) for role, tree in trees.items()}
+        for role, convention in self.conventions.items():
+            if convention is not None:
+                self.notes.append(f"{trees[role].folder}: read as a tree of {convention.name}")
         self.choices = Choices(self.dims["S"], self.dims["L"])
         self.skips: list[Skip] = []
 
@@ -117,19 +122,22 @@ class _Comparer:
             if key not in reference.files:
                 self.skips.append(Skip(key, "not in the reference tree", False))
             elif key not in test.files:
-                self._miss(key, "missing in the test tree")
+                self._miss(key, "missing in the test tree", "test")
             else:
                 if hf is not None and key not in hf.files:
-                    self._miss(key, "missing in the yardstick tree; judged without it")
+                    self._miss(key, "missing in the yardstick tree; judged without it", "hf")
                 yield key
         for tree in self.trees.values():
             if tree.unknown:
                 self.notes.append(f"{tree.folder}: no stages, so not compared: {', '.join(tree.unknown[:8])}")
 
-    def _miss(self, key: Key, reason: str) -> None:
-        allowed = self.options.allow_missing
+    def _miss(self, key: Key, reason: str, role: str = "test") -> None:
+        allowed, convention = self.options.allow_missing, self.conventions.get(role)
         fine = allowed is not None and any(allowed.fullmatch(name) for name in (key[1], path_of(key)))
-        self.skips.append(Skip(key, reason + (" (allowed)" if fine else ""), not fine))
+        if convention is not None and key[1] in convention.lacks:
+            self.skips.append(Skip(key, f"{reason}, as from {convention.name}", False))
+        else:
+            self.skips.append(Skip(key, reason + (" (allowed)" if fine else ""), not fine))
 
     def _choose(self, keys: list[Key]) -> None:
         """Which experts each tree chose, before anything that depends on it is compared."""
@@ -198,7 +206,9 @@ class _Comparer:
             yardstick = Yardstick(hf.figures, found.between, earlier) if hf else None
             judgement = judge(key, test.figures, yardstick, self.rules)
         status = "diverge" if judgement.fault else "agree"
-        if status == "agree" and test.layout and not self.options.accept_layout:
+        convention = self.conventions["test"]
+        expected = self.options.accept_layout or (convention is not None and convention.head_major)
+        if status == "agree" and test.layout and not expected:
             words = f"{test.layout}; the values agree once they are put in order (--accept-layout)"
             status, judgement = "layout", replace(judgement, fault=words, blame="test")
         elif found.unmatched:
