@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := demo-trace
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m jaxref dump --output $(DEMO)
@@ -25,6 +25,12 @@ lint: .venv/tested
 .venv/tested: pyproject.toml constraints.txt .venv/installed
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+# The oldest transformers that `oracle hf` works with; its tests run against it in an environment of their own.
+test-oldest:
+	$(PYTHON) -m venv .venv/oldest
+	.venv/oldest/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt -e '.[test]' transformers==5.0.0
+	.venv/oldest/bin/python -m pytest tests/oracle/test_hf_dump.py tests/test_hf_parity.py -k "not 30b"
 
 clean:
 	rm -rf .venv $(DEMO) build *.egg-info

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
-from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint, open_tokenizer
+from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint
 
 DEFAULT_PROMPT = "What is 2+2?"
 # The default prompt in Qwen2's and Qwen3's vocabulary, for checkpoints without a tokenizer.
@@ -73,7 +73,7 @@ def read_prompt(
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
     checkpoint = open_checkpoint(EMBEDDED if model is None else model)
-    tokenizer = open_tokenizer(checkpoint.folder)
+    tokenizer = checkpoint.tokenizer()
     if tokens_file is not None:
         tokens = _read_tokens(tokens_file)
     if tokens is not None:

@@ -83,7 +83,11 @@ class Reader:
 
     def layer(self, index: int) -> Layer:
         """The parameters of one layer."""
-        return self.parameters(layer_names(self.checkpoint.config, index), self.checkpoint.layer(index))
+        # One tensor after another: those of a GGUF file are dequantised, and a whole layer would be held twice.
+        names = layer_names(self.checkpoint.config, index)
+        loaded = jax.tree.map(lambda name: self._load(name, self.checkpoint.tensor(name)), names)
+        self.checkpoint.release()
+        return loaded
 
     def experts(self, layer: int, ids: list[int]) -> Iterator[Expert]:
         """The experts with these ids in their order, one of them always on its way."""

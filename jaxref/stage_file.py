@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,11 @@ class StageFile:
         self._figures, self._row, self._digest = Figures(), 0, hashlib.sha256()
         self._target.parent.mkdir(exist_ok=True)
         self._file = self._temporary.open("w+b")
-        self._put(self._header)
+        try:
+            self._put(self._header)
+        except BaseException:
+            self.discard()  # a full disk: nobody else knows of this file yet
+            raise
 
     def write(self, block: np.ndarray) -> bool:
         """Write the next rows; True when the tensor is whole."""
@@ -109,8 +114,12 @@ class StageFile:
 
     def close(self) -> dict[str, Any]:
         """Rename the file to its name and return its line of the manifest."""
-        self._file.close()
-        self._temporary.replace(self._target)
+        try:
+            self._file.close()
+            self._temporary.replace(self._target)
+        except OSError:
+            self.discard()
+            raise
         return {
             "path": self.path,
             "stage": self.stage.name,
@@ -124,5 +133,6 @@ class StageFile:
 
     def discard(self) -> None:
         """Leave nothing of an unfinished file."""
-        self._file.close()
+        with suppress(OSError):  # what is still buffered may not fit on the disk either
+            self._file.close()
         self._temporary.unlink(missing_ok=True)

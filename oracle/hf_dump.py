@@ -20,6 +20,10 @@ def dump_hf(job: Job, device: str, progress: Progress) -> Report:
 
     Raises `UserError` where the model, the device or the output folder is not usable.
     """
+    if job.checkpoint.folder.is_file():
+        raise UserError(
+            f"{job.checkpoint.folder}: the Hugging Face path takes a folder with safetensors, not a GGUF file"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; install a torch that was built for CUDA")
     kind = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"

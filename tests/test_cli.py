@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxref import stage_file
-from tests.trees import tree_bytes, write_tree
+from tests.trees import read_tree, tree_bytes, write_tree
 from weights import open_checkpoint
 from weights.tiny import tiny_config, write_random
 
@@ -200,7 +200,9 @@ def test_a_disk_that_fills_up_leaves_no_half_file_and_the_same_dump_finishes(tmp
     names = [path.name for path in (tmp_path / "tree").rglob("*") if path.is_file()]
     assert "manifest.json" not in names
     assert not [name for name in names if name.endswith(".tmp")]
-    assert len(names) == 30 + 1  # whole files and the note of whose they are
+    assert ".unfinished.json" in names
+    # Two threads write, so how many files are whole varies a little; that each one is does not.
+    assert 28 <= len(read_tree(tmp_path / "tree")) <= 30
     write_tree(zoo("qwen2"), tmp_path / "tree", [1, 2, 3])
     assert tree_bytes(tmp_path / "tree") == tree_bytes(tmp_path / "whole")
     assert not (tmp_path / "tree" / ".unfinished.json").exists()

@@ -1,4 +1,4 @@
-"""`Checkpoint`: a folder, a file, a sharded index or a cached Hugging Face id, read one layer at a time."""
+"""`Checkpoint`: a folder, a file, a GGUF, a sharded index or a cached Hugging Face id, read one layer at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ import numpy as np
 from weights import names
 from weights.config import Config, read_config
 from weights.errors import UserError
+from weights.gguf_config import read_gguf_config
+from weights.gguf_file import GgufFile, open_parts
 from weights.params import Expert, Layer, Params, expert_names, layer_names, whole_params
 from weights.safetensors_file import SafetensorsFile
+from weights.tokenizer import Tokenizer, open_tokenizer, tokenizer_from_metadata
+
+TensorFile = SafetensorsFile | GgufFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,12 +29,12 @@ DERIVED = ("rotary_emb.inv_freq",)
 
 
 class Checkpoint:
-    """Lazy, memory-mapped access to one model's tensors, as views [out, in] in the dtype on disk."""
+    """Lazy, memory-mapped access to one model's tensors [out, in]: views in the dtype on disk; float32 if quantised."""
 
     def __init__(
-        self, folder: Path, config: Config, files: Mapping[str, SafetensorsFile], places: Mapping[str, str]
+        self, folder: Path, config: Config, files: Mapping[str, TensorFile], places: Mapping[str, str]
     ) -> None:
-        self.folder = folder
+        self.folder = folder  # of a GGUF, the file itself: nothing that lies beside it belongs to it
         self.config = config
         self.files = files  # file name -> open file
         self._places = places  # tensor name -> file name
@@ -53,8 +58,20 @@ class Checkpoint:
         return self.files[self._places[name]].shape(name)
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """The dtype of a stored tensor on disk."""
+        """The dtype of a stored tensor: on disk, or dequantised."""
         return self.files[self._places[name]].dtype(name)
+
+    def stored_as(self, name: str) -> str:
+        """How a tensor is stored, for people: its dtype, or GGUF's name of its type."""
+        file = self.files[self._places[name]]
+        return file.stored_as(name) if isinstance(file, GgufFile) else str(file.dtype(name))
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None where it has none. Raises `UserError` for one that is not readable."""
+        first = next(iter(self.files.values()))
+        if isinstance(first, GgufFile):
+            return tokenizer_from_metadata(self.folder, first.metadata)
+        return open_tokenizer(self.folder)
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A view of rows `start:stop` of one tensor by its checkpoint name."""
@@ -112,7 +129,7 @@ class Checkpoint:
         ]
 
 
-def _digest(file: SafetensorsFile, whole: bool) -> dict[str, str]:
+def _digest(file: TensorFile, whole: bool) -> dict[str, str]:
     digest = {"header_sha256": file.header_sha256}
     if whole:
         with file.path.open("rb") as stream:
@@ -121,12 +138,14 @@ def _digest(file: SafetensorsFile, whole: bool) -> dict[str, str]:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open a folder, a `.safetensors` file, an index file, or a Hugging Face id that lies in the local cache.
+    """Open a folder, a `.safetensors` or `.gguf` file, an index file, or a Hugging Face id in the local cache.
 
     Raises `UserError` where there is none, where tensors are missing, unknown or mis-shaped (all of them listed), where
     a file is truncated, or where an index points outside its folder. Only safetensors are read, never pickles.
     """
     path = _locate(model)
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
     folder = path if path.is_dir() else path.parent
     config = read_config(folder / "config.json")
     places = _places(path)
@@ -137,17 +156,26 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, files, stored)
 
 
+def _open_gguf(path: Path) -> Checkpoint:
+    files = open_parts(path)
+    places = {tensor: name for name, file in files.items() for tensor in file.entries}
+    config = read_gguf_config(path, files[path.name].metadata, places)
+    return Checkpoint(path, config, files, places)
+
+
 def _locate(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        if path.suffix in (".safetensors", ".gguf") or path.name.endswith(".safetensors.index.json"):
             return path
-        raise UserError(f"{path}: not a checkpoint; a folder, .safetensors or {INDEX} was expected")
+        raise UserError(f"{path}: not a checkpoint; a folder, .safetensors, .gguf or {INDEX} was expected")
     if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _cached(model)
-    raise UserError(f"{model}: no such model; give a folder, a .safetensors file or an id in the Hugging Face cache")
+    raise UserError(
+        f"{model}: no such model; give a folder, a .safetensors or .gguf file, or an id in the Hugging Face cache"
+    )
 
 
 def _cached(model_id: str) -> Path:

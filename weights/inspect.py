@@ -16,7 +16,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Config, tensors and sizes as JSON values; sizes in bytes."""
     config = checkpoint.config
     tensors = [
-        {"name": name, "shape": list(checkpoint.shape(name)), "dtype": str(checkpoint.dtype(name))}
+        {
+            "name": name,
+            "shape": list(checkpoint.shape(name)),
+            "dtype": str(checkpoint.dtype(name)),
+            "stored_as": checkpoint.stored_as(name),
+        }
         for name in checkpoint.tensor_names
     ]
     return {
@@ -83,5 +88,5 @@ def _grouped(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     lines: dict[str, tuple[str, set[str]]] = {}
     for name in checkpoint.tensor_names:
         label = re.sub(r"\.\d+\.", ".*.", name)
-        lines.setdefault(label, (str(list(checkpoint.shape(name))), set()))[1].add(str(checkpoint.dtype(name)))
+        lines.setdefault(label, (str(list(checkpoint.shape(name))), set()))[1].add(checkpoint.stored_as(name))
     return [(label, shape, ", ".join(sorted(dtypes))) for label, (shape, dtypes) in lines.items()]

@@ -1,20 +1,32 @@
-"""Text to token ids and back, by the tokenizer that lies beside the weights."""
+"""Text to token ids and back, by the tokenizer that lies beside the weights, or in a GGUF file's metadata."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weights.errors import UserError
+
+# The values of `tokenizer.ggml.pre` that mean this split of a text into words; the ids of other splits are not Qwen's.
+PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen")
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The values of `tokenizer.ggml.token_type` that are matched in a text before it is split.
+CONTROL, USER_DEFINED = 3, 4
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A model's tokenizer. Text is taken raw: no special tokens are added."""
 
-    folder: Path
+    folder: Path  # or the GGUF file
     backend: Any  # tokenizers.Tokenizer
+    templated: Callable[[], Any]  # the tokenizer in transformers, which applies chat templates
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, as engines trace it."""
@@ -26,11 +38,12 @@ class Tokenizer:
 
     def chat(self, text: str) -> str:
         """The text as one user turn in the model's chat template. Raises `UserError` where it has none."""
+        from jinja2 import TemplateError
+
         try:
-            tokenizer = _auto_tokenizer(self.folder)
             turn = [{"role": "user", "content": text}]
-            return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-        except (ValueError, TypeError) as error:
+            return str(self.templated().apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        except (ValueError, TypeError, TemplateError) as error:
             raise UserError(f"{self.folder}: no usable chat template: {_first_line(error)}") from None
 
 
@@ -51,7 +64,56 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
         raise UserError(f"{folder}: the tokenizer is not readable: {_first_line(error)}") from None
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(folder, backend)
+    return Tokenizer(folder, backend, partial(_auto_tokenizer, folder))
+
+
+def tokenizer_from_metadata(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of a GGUF file with this metadata; None where there is none.
+
+    As llama.cpp and transformers read it: bytes merged in pairs, and no normalising of the text (the `tokenizer.json`
+    of the published models has NFC). Raises `UserError` for another kind of tokenizer, or a broken one.
+    """
+    if "tokenizer.ggml.tokens" not in metadata:
+        return None
+    for key, known in (("tokenizer.ggml.model", ("gpt2",)), ("tokenizer.ggml.pre", PRE_TOKENIZERS)):
+        if metadata.get(key) not in known:
+            raise UserError(f"{path}: {key} {metadata.get(key)!r} is not supported (only {', '.join(known)})")
+    try:
+        backend = _byte_pairs(metadata)
+    except Exception as error:  # noqa: BLE001 - `tokenizers` raises bare Exception for a broken vocabulary
+        raise UserError(f"{path}: the tokenizer is not readable: {_first_line(error)}") from None
+    return Tokenizer(path, backend, partial(_fast_tokenizer, backend, metadata))
+
+
+def _byte_pairs(metadata: dict[str, Any]) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata.get("tokenizer.ggml.merges", [])]
+    backend: Any = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=False)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    return backend
+
+
+def _fast_tokenizer(backend: Any, metadata: dict[str, Any]) -> Any:
+    """The tokenizer in transformers, with the chat template and the names that a template may use."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    named = {f"{name}_token": tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+    template = metadata.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
 
 
 def _auto_tokenizer(folder: Path) -> Any:
