@@ -19,6 +19,7 @@ from jaxref.tree import stage_path
 from weights import Config, Tokenizer
 
 LIKELIEST = 5
+WIDE = 100  # columns of a terminal
 
 
 def console() -> Console:
@@ -87,11 +88,14 @@ def _plain(text: str) -> str:
 def print_report(report: Report, job: Job, likeliest: list[dict[str, Any]], seconds: float) -> None:
     """Stages with their range over all layers, where the files are, and what the model would say next."""
     out = console()
-    table = Table("stage", "shape", "layers", "min", "max", "rms", "file", box=None, pad_edge=False)
+    # In a narrow window the names matter more than where their files are, which the names tell anyway.
+    columns = ["stage", "shape", "layers", "min", "max", "rms", *(["file"] if out.width >= WIDE else [])]
+    table = Table(*columns, box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
     for name in job.selection.stages:
         entries = [entry for entry in report.files if entry["stage"] == name]
         if entries:
-            table.add_row(*_row(name, entries))
+            table.add_row(*_row(name, entries)[: len(columns)])
     say(out, f"[b]{job.checkpoint.name}[/b], {job.numerics.name}, {len(job.tokens)} tokens {_tokens(job.tokens)}")
     out.print(table)
     say(out, f"{len(report.files)} files, {human(report.size)} written, {human(report.read)} of weights read")
