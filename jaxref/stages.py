@@ -15,7 +15,9 @@ from jax import Array
 from jaxref import attention as attn
 from jaxref import feedforward as ffn
 from jaxref import ops
+from jaxref import stage_settings as at
 from jaxref.precision import Numerics
+from jaxref.stage_settings import Settings
 from weights import Config, UserError
 
 TOKENS, POSITIONS, HIDDEN = "tokens", "positions", "hidden"  # inputs that are not stages of the same layer
@@ -36,61 +38,6 @@ DIMENSIONS = {
 }
 
 Key = tuple[int | None, str]  # (layer, or None for the whole model; stage)
-Settings = Callable[[Config, int], dict[str, Any]]
-
-
-def _none(config: Config, layer: int) -> dict[str, Any]:
-    return {}
-
-
-def _always(config: Config, layer: int) -> bool:
-    return True
-
-
-def _eps(config: Config, layer: int) -> dict[str, Any]:
-    return {"eps": config.rms_norm_eps}
-
-
-def _head_norm(which: str) -> Settings:
-    def settings(config: Config, layer: int) -> dict[str, Any]:
-        return _part(config, which, packed=True) | _eps(config, layer)
-
-    return settings
-
-
-def _rope(which: str) -> Settings:
-    def settings(config: Config, layer: int) -> dict[str, Any]:
-        part = _part(config, which, packed=not config.qk_norm)
-        return part | {"head_dim": config.head_dim, "theta": config.rope_theta, "scaling": config.rope_scaling}
-
-    return settings
-
-
-def _part(config: Config, which: str, *, packed: bool) -> dict[str, int]:
-    """Where q or k begins in its input, and how many heads it has."""
-    if which == "q":
-        return {"start": 0, "heads": config.num_attention_heads}
-    return {"start": config.q_width if packed else 0, "heads": config.num_key_value_heads}
-
-
-def _shape(config: Config, layer: int) -> dict[str, Any]:
-    return {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
-
-
-def _is_dense(config: Config, layer: int) -> bool:
-    return not config.is_moe(layer)
-
-
-def _is_moe(config: Config, layer: int) -> bool:
-    return config.is_moe(layer)
-
-
-def _router(config: Config, layer: int) -> dict[str, Any]:
-    return {"count": config.num_experts_per_tok}
-
-
-def _weights(config: Config, layer: int) -> dict[str, Any]:
-    return _router(config, layer) | {"renormalise": config.norm_topk_prob}
 
 
 @dataclass(frozen=True)
@@ -108,9 +55,9 @@ class Stage:
     function: Callable[..., Array]
     inputs: tuple[str, ...]
     params: tuple[str, ...] = ()
-    settings: Settings = _none
+    settings: Settings = at.nothing
     scope: str = "layer"
-    when: Callable[[Config, int], bool] = _always
+    when: Callable[[Config, int], bool] = at.always
     canonical: bool = True
     last: bool = False
     per_expert: bool = False
@@ -172,14 +119,14 @@ def _table(*rows: Stage) -> dict[str, Stage]:
 
 def _dense(name: str, axis: str, meaning: str, *rest: Any) -> Stage:
     """A stage of layers without experts, [S, axis]."""
-    return Stage(name, ("S", axis), meaning, *rest, when=_is_dense)
+    return Stage(name, ("S", axis), meaning, *rest, when=at.is_dense)
 
 
 def _moe(name: str, axes: str, meaning: str, *rest: Any, canonical: bool = False) -> Stage:
     """A stage of layers with experts, [S, axes…]."""
     per_expert = name in ("expert_gate", "expert_up", "expert_out")
     kind: dict[str, Any] = {"canonical": canonical, "last": True, "per_expert": per_expert}
-    return Stage(f"moe_{name}", ("S", *axes), meaning, *rest, when=_is_moe, **kind)
+    return Stage(f"moe_{name}", ("S", *axes), meaning, *rest, when=at.is_moe, **kind)
 
 
 _QKV_BIASED = "qkv_bias|qkv_matmul"
@@ -187,7 +134,7 @@ _LOGITS = ("moe_router_logits",)
 
 STAGES: dict[str, Stage] = _table(
     Stage("embedding", ("S", "D"), "token embedding", ops.embed, (TOKENS,), ("embed_tokens",), scope="first"),
-    Stage("attn_norm", ("S", "D"), "RMSNorm before QKV", ops.rms_norm, (HIDDEN,), ("input_layernorm",), _eps),
+    Stage("attn_norm", ("S", "D"), "RMSNorm before QKV", ops.rms_norm, (HIDDEN,), ("input_layernorm",), at.eps),
     Stage(
         "qkv_matmul",
         ("S", QKV),
@@ -213,7 +160,7 @@ STAGES: dict[str, Stage] = _table(
         attn.head_norm,
         (_QKV_BIASED,),
         ("q_norm",),
-        _head_norm("q"),
+        at.head_norm("q"),
         when=lambda config, layer: config.qk_norm,
         canonical=False,
     ),
@@ -224,12 +171,16 @@ STAGES: dict[str, Stage] = _table(
         attn.head_norm,
         (_QKV_BIASED,),
         ("k_norm",),
-        _head_norm("k"),
+        at.head_norm("k"),
         when=lambda config, layer: config.qk_norm,
         canonical=False,
     ),
-    Stage("q_post_rope", ("S", "Hh"), "q after RoPE", attn.rope, (f"q_norm|{_QKV_BIASED}", POSITIONS), (), _rope("q")),
-    Stage("k_post_rope", ("S", "Kh"), "k after RoPE", attn.rope, (f"k_norm|{_QKV_BIASED}", POSITIONS), (), _rope("k")),
+    Stage(
+        "q_post_rope", ("S", "Hh"), "q after RoPE", attn.rope, (f"q_norm|{_QKV_BIASED}", POSITIONS), (), at.rope("q")
+    ),
+    Stage(
+        "k_post_rope", ("S", "Kh"), "k after RoPE", attn.rope, (f"k_norm|{_QKV_BIASED}", POSITIONS), (), at.rope("k")
+    ),
     Stage(
         "attn_scores",
         ("H", "S", "S"),
@@ -237,7 +188,7 @@ STAGES: dict[str, Stage] = _table(
         attn.attn_scores,
         ("q_post_rope", "k_post_rope"),
         (),
-        _shape,
+        at.attention_shape,
     ),
     Stage(
         "attn_softmax",
@@ -255,7 +206,7 @@ STAGES: dict[str, Stage] = _table(
         attn.attention,
         ("attn_softmax", _QKV_BIASED),
         (),
-        lambda config, layer: _shape(config, layer) | {"start": config.q_width + config.kv_width},
+        lambda config, layer: at.attention_shape(config, layer) | {"start": config.q_width + config.kv_width},
     ),
     Stage("attn_out", ("S", "D"), "after the output projection", ops.linear, ("attention",), ("o_proj",)),
     Stage("post_attn_residual", ("S", "D"), "hidden state after attention", ops.add, (HIDDEN, "attn_out")),
@@ -266,7 +217,7 @@ STAGES: dict[str, Stage] = _table(
         ops.rms_norm,
         ("post_attn_residual",),
         ("post_attention_layernorm",),
-        _eps,
+        at.eps,
     ),
     _dense("ffn_gate", "F", "gate projection", ops.linear, ("ffn_norm",), ("gate_proj",)),
     _dense("ffn_up", "F", "up projection", ops.linear, ("ffn_norm",), ("up_proj",)),
@@ -274,8 +225,10 @@ STAGES: dict[str, Stage] = _table(
     _dense("ffn_swigl", "F", "silu(gate)·up", ops.multiply, ("ffn_silu", "ffn_up")),
     _dense("ffn_out", "D", "after the down projection", ops.linear, ("ffn_swigl",), ("down_proj",)),
     _moe("router_logits", "E", "router matmul, before the softmax", ops.linear, ("ffn_norm",), ("router",)),
-    _moe("router", "A", "weights of the chosen experts", ffn.moe_router, _LOGITS, (), _weights, canonical=True),
-    _moe("router_indices", "A", "their ids", ffn.moe_router_indices, _LOGITS, (), _router, canonical=True),
+    _moe(
+        "router", "A", "weights of the chosen experts", ffn.moe_router, _LOGITS, (), at.router_weights, canonical=True
+    ),
+    _moe("router_indices", "A", "their ids", ffn.moe_router_indices, _LOGITS, (), at.chosen_count, canonical=True),
     _moe("expert_gate", "AM", "gate inside each chosen expert", ops.linear, ("ffn_norm",), ("gate_proj",)),
     _moe("expert_up", "AM", "up inside each chosen expert", ops.linear, ("ffn_norm",), ("up_proj",)),
     _moe("expert_swigl", "AM", "silu(gate)·up there", ffn.swiglu, ("moe_expert_gate", "moe_expert_up")),
@@ -295,7 +248,7 @@ STAGES: dict[str, Stage] = _table(
         ops.add,
         ("post_attn_residual", "ffn_out|moe_ffn_out"),
     ),
-    Stage("final_norm", ("S", "D"), "RMSNorm before the head", ops.rms_norm, (HIDDEN,), ("norm",), _eps, "model"),
+    Stage("final_norm", ("S", "D"), "RMSNorm before the head", ops.rms_norm, (HIDDEN,), ("norm",), at.eps, "model"),
     Stage("lm_head", ("S", "V"), "logits", ops.linear, ("final_norm",), ("head",), scope="model", last=True),
 )
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from weights.checkpoint import Checkpoint, open_checkpoint
-from weights.config import Config, config_from_dict, read_config
+from weights.config import Config
+from weights.config_json import config_from_dict, read_config
 from weights.errors import UserError
 from weights.params import Expert, Layer, Params, random_params
 from weights.tokenizer import Tokenizer, open_tokenizer

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from weights import names
-from weights.config import Config, read_config
+from weights.config import Config
+from weights.config_json import read_config
 from weights.errors import UserError
 from weights.gguf_config import read_gguf_config
 from weights.gguf_file import GgufFile, open_parts

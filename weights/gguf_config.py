@@ -6,7 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from weights.config import Config, config_from_dict
+from weights.config import Config
+from weights.config_json import config_from_dict
 from weights.errors import UserError
 
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}

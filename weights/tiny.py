@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from weights import names
 from weights.checkpoint import INDEX, SINGLE
-from weights.config import Config, config_from_dict
+from weights.config import Config
+from weights.config_json import config_from_dict
 from weights.errors import UserError
 from weights.params import random_tensor
 
