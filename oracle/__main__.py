@@ -123,5 +123,18 @@ def _write_hf(job: Job, device: str, progress: Progress) -> Report:
     return dump_hf(job, device, progress)
 
 
+@main.command("llama-cpp")
+@run_options
+def llama_cpp(**options: Any) -> None:
+    """Run MODEL, a GGUF file, by llama.cpp on the CPU and write every stage it shows, as `jaxref dump` does."""
+    run_dump(options | {"dtype": "float32"}, _write_llama_cpp)
+
+
+def _write_llama_cpp(job: Job, device: str, progress: Progress) -> Report:
+    from oracle.engines.llama_dump import dump_llama_cpp
+
+    return dump_llama_cpp(job, device, progress)
+
+
 if __name__ == "__main__":
     run(main)

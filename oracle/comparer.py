@@ -134,7 +134,9 @@ class _Comparer:
     def _miss(self, key: Key, reason: str, role: str = "test") -> None:
         allowed, convention = self.options.allow_missing, self.conventions.get(role)
         fine = allowed is not None and any(allowed.fullmatch(name) for name in (key[1], path_of(key)))
-        if convention is not None and key[1] in convention.lacks:
+        if key[1] in self.trees[role].unobservable:
+            self.skips.append(Skip(key, f"{reason}; its manifest says that it cannot be seen there", False))
+        elif convention is not None and key[1] in convention.lacks:
             self.skips.append(Skip(key, f"{reason}, as from {convention.name}", False))
         else:
             self.skips.append(Skip(key, reason + (" (allowed)" if fine else ""), not fine))

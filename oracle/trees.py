@@ -157,6 +157,14 @@ class Tree:
         return tuple(stated) if isinstance(stated, list) and all(isinstance(p, int) for p in stated) else None
 
     @property
+    def unobservable(self) -> frozenset[str]:
+        """Stages that the producer says it cannot show."""
+        stated = (self.manifest or {}).get("missing", [])
+        return (
+            frozenset(stated) if isinstance(stated, list) and all(isinstance(s, str) for s in stated) else frozenset()
+        )
+
+    @property
     def stated_dtype(self) -> str | None:
         """The dtype in the manifest. Raises `UserError` for one that is not known."""
         dtype = (self.manifest or {}).get("dtype")
