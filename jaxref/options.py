@@ -108,6 +108,8 @@ def _encode(
             raise UserError(f"{checkpoint.folder}: there is no tokenizer; give --tokens instead of --prompt")
         return DEFAULT_PROMPT, list(DEFAULT_TOKENS)
     text = DEFAULT_PROMPT if prompt is None else prompt
+    if any("\ud800" <= char <= "\udfff" for char in text):  # how Python holds bytes of an argument that are no UTF-8
+        raise UserError("the prompt is not valid UTF-8 text")
     text = tokenizer.chat(text) if chat else text
     ids = tokenizer.encode(text)
     if not ids:

@@ -58,7 +58,7 @@ def _numerics(name: str, wide: str, sums: str) -> Numerics:
 
 
 # In half precision a product is rounded once, and whether up or down must not hang on the order of a sum: float32 sums
-# of 900 terms decide 2 in 1000 float16 roundings wrongly, float64 sums none.
+# of 900 terms decide 2 in 1000 float16 roundings wrongly, float64 sums next to none.
 NUMERICS = {
     "float32": _numerics("float32", "float32", "float32"),
     "float64": _numerics("float64", "float64", "float64"),

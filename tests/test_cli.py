@@ -73,9 +73,9 @@ def test_plan_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:
 
 
 def test_the_table_of_stages(tmp_path: Path) -> None:
-    everything, qwen3 = command("stages").stdout, command("stages", ROOT / "weights" / "embedded").stdout
-    assert "q_norm" in everything and "q_norm" not in qwen3
-    assert "[6, S, S]" in qwen3
+    everything, qwen2 = command("stages").stdout, command("stages", ROOT / "weights" / "embedded").stdout
+    assert "q_norm" in everything and "q_norm" not in qwen2
+    assert "[6, S, S]" in qwen2
 
 
 def test_chat_and_tokens_file(tmp_path: Path) -> None:
@@ -96,6 +96,8 @@ def test_chat_and_tokens_file(tmp_path: Path) -> None:
         (["dump", "--tokens", ""], "at least one"),
         (["dump", "--tokens", "1,,2"], "whole numbers between commas"),
         (["dump", "--prompt", ""], "prompt is empty"),
+        (["dump", "--prompt", "a\udcff"], "not valid UTF-8"),
+        (["dump", "m" * 5000], "too long"),
         (["dump", "--prompt", "a", "--tokens", "1"], "exclude each other"),
         (["dump", "--tokens-file", "/nowhere"], "not readable as token ids"),
         (["dump", "--stages", "q_norm"], "qwen2 has no stage q_norm"),
