@@ -29,6 +29,13 @@ def main() -> None:
 @main.command()
 @run_options
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--activations",
+    type=click.Choice(["exact", "stored"]),
+    default="exact",
+    show_default=True,
+    help="stored: round them before each product as the types of a GGUF's weights make an engine do.",
+)
 def dump(**options: Any) -> None:
     """Run MODEL over a prompt and write every stage of every layer below --output.
 

@@ -13,6 +13,7 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
+from jaxref.activations import Weight
 from jaxref.ops import normalise
 from jaxref.precision import Numerics
 from jaxref.rope import inverse_frequencies
@@ -27,9 +28,9 @@ def _heads(x: Array, start: int, heads: int, head_dim: int) -> Array:
 @partial(jax.jit, static_argnames=("rounded", "numerics"))
 def qkv_matmul(
     x: Float[Array, "S D"],
-    q_proj: Float[Array, "Hh D"],
-    k_proj: Float[Array, "Kh D"],
-    v_proj: Float[Array, "Kh D"],
+    q_proj: Float[Array, "Hh D"] | Weight,
+    k_proj: Float[Array, "Kh D"] | Weight,
+    v_proj: Float[Array, "Kh D"] | Weight,
     *,
     rounded: bool,
     numerics: Numerics,

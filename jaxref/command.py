@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jaxref.options import read_prompt, read_selection
+from weights import UserError
 
 if TYPE_CHECKING:
     from jaxref.dump import Job, Progress, Report
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 Write = Callable[["Job", str, "Progress"], "Report"]
 
 
-def run_dump(options: dict[str, Any], write: Write) -> None:
-    """Read the shared options, let `write` do the work, and tell a person or a machine what came of it."""
+def run_dump(options: dict[str, Any], write: Write, shown: Callable[[Job], Job] = lambda job: job) -> None:
+    """Read the shared options, let `write` do the work, and tell a person or a machine what came of it.
+
+    `shown` takes out of a plan what the producer cannot show.
+    """
     begun = time.perf_counter()
     plan, as_json, quiet = (options.pop(name) for name in ("plan", "as_json", "quiet"))
     device, job, tokenizer = _read(options)
@@ -27,6 +31,7 @@ def run_dump(options: dict[str, Any], write: Write) -> None:
     from jaxref.dump import describe_plan
 
     if plan:
+        job = shown(job)
         rows = describe_plan(job)
         click.echo(json.dumps(show.plan_json(rows, job.selection))) if as_json else show.print_plan(rows, job)
         return
@@ -48,12 +53,25 @@ def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:
     output, dtype, device, form, hashing, convention = (
         options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights", "convention")
     )
+    as_stored = options.pop("activations", "exact") == "stored"
     wanted = {name: options.pop(name) for name in ("stages", "layers", "positions")}
     asked = read_prompt(**options)
     selection = read_selection(asked, **wanted)
     from jaxref.dump import Job
     from jaxref.precision import numerics_of
 
-    numerics = numerics_of(dtype)
-    job = Job(asked.checkpoint, asked.tokens, selection, numerics, output, form, asked.prompt, hashing, convention)
+    if as_stored and (asked.checkpoint.folder.suffix != ".gguf" or dtype != "float32"):
+        raise UserError(f"--activations stored: goes with a .gguf file in float32; this is {asked.checkpoint.folder}")
+    job = Job(
+        asked.checkpoint,
+        asked.tokens,
+        selection,
+        numerics_of(dtype),
+        output,
+        form,
+        asked.prompt,
+        hashing,
+        convention,
+        as_stored=as_stored,
+    )
     return device, job, asked.tokenizer

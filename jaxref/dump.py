@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxref.activations import coarsest_activation
 from jaxref.model import Piece
 from jaxref.precision import PRECISION, Device, Numerics
 from jaxref.selection import Selection, take_rows
@@ -46,6 +47,7 @@ class Job:
     hash_weights: bool = False
     convention: str = "canonical"  # "apr": zeros above the diagonal of the scores, as that engine writes them
     device: Device | None = None  # None: where JAX would compute anyway
+    as_stored: bool = False  # round activations as an engine does before weights stored so
 
     def run(self, producer: str, packages: Sequence[str], device: dict[str, Any], precision: str) -> dict[str, Any]:
         """What the bytes depend on, as JSON values; the head of the manifest."""
@@ -59,6 +61,7 @@ class Job:
             "prompt": self.prompt,
             "positions": list(positions) if isinstance(positions, tuple) else positions,
             "dtype": self.numerics.name,
+            "activations": coarsest_activation(self.checkpoint) if self.as_stored else self.numerics.name,
             "matmul_precision": precision,
             "format": self.form,
             "convention": self.convention,
@@ -97,7 +100,14 @@ def dump(job: Job, *, progress: Progress = lambda layer: None, **options: Any) -
     def feed(offer: Offer) -> None:
         with job.numerics.context(), jax.default_device(job.device):
             for layer, piece in stream(
-                job.checkpoint, job.tokens, job.selection, job.numerics, job.device, progress=progress, **options
+                job.checkpoint,
+                job.tokens,
+                job.selection,
+                job.numerics,
+                job.device,
+                progress=progress,
+                as_stored=job.as_stored,
+                **options,
             ):
                 offer(layer, piece)
 

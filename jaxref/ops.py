@@ -12,6 +12,7 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
+from jaxref.activations import Weight
 from jaxref.precision import Numerics
 
 stage_function = partial(jax.jit, static_argnames=("numerics",))
@@ -43,7 +44,7 @@ def rms_norm(
 
 
 @stage_function
-def linear(x: Float[Array, "S I"], weight: Float[Array, "O I"], *, numerics: Numerics) -> Float[Array, "S O"]:
+def linear(x: Float[Array, "S I"], weight: Float[Array, "O I"] | Weight, *, numerics: Numerics) -> Float[Array, "S O"]:
     """x · Wᵀ with the weight as the checkpoint stores it, [out, in]; rounded once."""
     return numerics.round(numerics.dot("si,oi->so", x, weight))
 

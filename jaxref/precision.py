@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxref.activations import Matrix, Weight, round_activations
 from weights import UserError
 
 # Without it, JAX on an NVIDIA GPU multiplies in TF32, with ten bits of mantissa.
@@ -47,8 +48,10 @@ class Numerics:
         """Where the work of this precision must run: 64-bit types are off in JAX unless asked for."""
         return jax.enable_x64(self.sums == np.float64)
 
-    def dot(self, equation: str, a: Array, b: Array) -> Array:
+    def dot(self, equation: str, a: Array, b: Matrix) -> Array:
         """Every contraction of the forward pass: in `sums`, at the highest precision, not yet rounded."""
+        if isinstance(b, Weight):
+            a, b = round_activations(a, b.activation), b.values
         a, b = a.astype(self.sums), b.astype(self.sums)
         return jnp.einsum(equation, a, b, precision=PRECISION, preferred_element_type=self.sums)
 

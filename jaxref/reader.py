@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from jaxref import ops
+from jaxref.activations import Matrix, Weight, activation_of
 from jaxref.model import head_rows
 from jaxref.precision import Device, Numerics
 from weights import Checkpoint, Expert, Layer
@@ -30,10 +31,22 @@ def warn_on_stderr(message: str) -> None:
 
 
 class Reader:
-    """Reads parameters ahead of the computing, in a thread of its own, in the dtype of the precision."""
+    """Reads parameters ahead of the computing, in a thread of its own, in the dtype of the precision.
 
-    def __init__(self, checkpoint: Checkpoint, numerics: Numerics, device: Device | None, warn: Warn) -> None:
+    With `as_stored`, matrices of a GGUF file want their activations rounded as its engine does.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        numerics: Numerics,
+        device: Device | None,
+        warn: Warn = warn_on_stderr,
+        *,
+        as_stored: bool = False,
+    ) -> None:
         self.checkpoint, self.numerics, self.device, self.warn = checkpoint, numerics, device, warn
+        self._as_stored = as_stored
         self._pool = ThreadPoolExecutor(1, "jaxref-read")
         self._buffers = Buffers()
 
@@ -56,7 +69,8 @@ class Reader:
     def embed(self, tokens: list[int]) -> Array:
         """[S, D]: the embedding of these tokens; only their rows are read."""
         ids, places = np.unique(np.asarray(tokens), return_inverse=True)
-        table = self.parameters("model.embed_tokens.weight", self.checkpoint.embedding_rows(ids))
+        table = self._load("model.embed_tokens.weight", self.checkpoint.embedding_rows(ids))
+        self.checkpoint.release()
         return ops.embed(jnp.asarray(places), table, numerics=self.numerics)
 
     def final_norm(self, hidden: Array) -> Array:
@@ -77,7 +91,7 @@ class Reader:
 
     def parameters(self, names: Any, views: Any) -> Any:
         """Copies of a pytree of views in the compute dtype; the pages they lay on are given back."""
-        loaded = jax.tree.map(self._load, names, views)
+        loaded = jax.tree.map(self._matrix, names, views)
         self.checkpoint.release()
         return loaded
 
@@ -85,7 +99,7 @@ class Reader:
         """The parameters of one layer."""
         # One tensor after another: those of a GGUF file are dequantised, and a whole layer would be held twice.
         names = layer_names(self.checkpoint.config, index)
-        loaded = jax.tree.map(lambda name: self._load(name, self.checkpoint.tensor(name)), names)
+        loaded = jax.tree.map(lambda name: self._matrix(name, self.checkpoint.tensor(name)), names)
         self.checkpoint.release()
         return loaded
 
@@ -95,6 +109,11 @@ class Reader:
 
     def _expert(self, layer: int, index: int) -> Expert:
         return self.parameters(expert_names(layer, index), self.checkpoint.expert(layer, index))
+
+    def _matrix(self, name: str, view: np.ndarray) -> Matrix:
+        kind = activation_of(self.checkpoint, name) if self._as_stored else None
+        loaded = self._load(name, view)
+        return loaded if kind is None else Weight(loaded, kind)
 
     def _load(self, name: str, view: np.ndarray) -> Array:
         copy = self._buffers.take(view.shape, self.numerics.compute)

@@ -26,6 +26,7 @@ def stream(
     *,
     warn: Warn = warn_on_stderr,
     progress: Callable[[int], None] = lambda layer: None,
+    as_stored: bool = False,
 ) -> Iterator[tuple[int | None, Piece]]:
     """Every stage of a prefill with its layer (None: whole model), in computation order, as it comes to exist.
 
@@ -36,7 +37,7 @@ def stream(
     positions = jnp.arange(len(tokens))
     rows = selection.rows(STAGES["moe_expert_out"])
     keep = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    with Reader(checkpoint, numerics, device, warn) as reader:
+    with Reader(checkpoint, numerics, device, warn, as_stored=as_stored) as reader:
         hidden = reader.embed(tokens)
         yield 0, Piece("embedding", hidden)
         layers = (partial(reader.layer, i) for i in range(selection.depth()))

@@ -43,7 +43,11 @@ def main() -> None:
 )
 @click.option("--allow-missing", multiple=True, metavar="REGEX", help="Stages (or layer-N/stage) that may be missing.")
 @click.option("--accept-layout", is_flag=True, help="Do not fail where q or k lies head-major.")
-@click.option("--test-dtype", type=click.Choice(DTYPES), help="TEST's dtype, where its manifest does not say.")
+@click.option(
+    "--test-dtype",
+    type=click.Choice([*DTYPES, "q8"]),
+    help="TEST's dtype, where its manifest does not say; q8: float32 with activations in int8 blocks.",
+)
 @click.option("--positions", help="The positions of TEST's rows, like 5,6, where its manifest does not say.")
 @click.option("--json", "as_json", is_flag=True, help="JSON records on stdout, one a line, the summary last.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit report for CI to this file.")
@@ -127,7 +131,9 @@ def _write_hf(job: Job, device: str, progress: Progress) -> Report:
 @run_options
 def llama_cpp(**options: Any) -> None:
     """Run MODEL, a GGUF file, by llama.cpp on the CPU and write every stage it shows, as `jaxref dump` does."""
-    run_dump(options | {"dtype": "float32"}, _write_llama_cpp)
+    from oracle.engines.llama_dump import shown
+
+    run_dump(options | {"dtype": "float32"}, _write_llama_cpp, shown)
 
 
 def _write_llama_cpp(job: Job, device: str, progress: Progress) -> Report:

@@ -86,9 +86,17 @@ class _Comparer:
         if yardstick is not None and yardstick != dtype:
             raise UserError(f"the yardstick is {yardstick} and the test {dtype}; --hf takes a tree in the test's dtype")
         reference = self.trees["reference"].stated_dtype or "float32"
+        rounded = coarser_of(dtype, test.stated_activations or dtype)
+        if rounded != dtype:
+            self.notes.append(f"the engine rounds activations to {rounded} before it multiplies: the bounds know")
+        if hf is not None and rounded != dtype and hf.stated_activations != test.stated_activations:
+            raise UserError(
+                f"the test rounds activations to {rounded} before it multiplies and the yardstick does not; make it by"
+                " `python -m jaxref dump MODEL.gguf --activations stored`"
+            )
         return Rules(
             dtype,
-            coarser_of(dtype, reference),
+            coarser_of(rounded, reference),
             self.options.tolerances,
             self.options.min_cosine,
             self.options.max_ratio,
@@ -254,4 +262,4 @@ def _nobody(result: Result) -> Blame:
     if off:
         words = f"hf: the yardstick is off from {path_of(off[0].key)} on, where test and reference agree"
         return Blame("hf", words)
-    return Blame("none", f"nobody: inside the rounding noise of {result.rules.dtype}")
+    return Blame("none", f"nobody: inside the rounding noise of {result.rules.coarser}")

@@ -10,8 +10,14 @@ import numpy as np
 
 SAMPLE = 1 << 20  # ulp distances kept for their median; a file with fewer values gives the exact one
 _EXPONENT = np.int64(0x7FF0000000000000)  # of a float64: what is left is the power of two below the value
-# dtype -> (bits of mantissa, smallest normal number)
-PRECISION = {"float16": (10, -14), "bfloat16": (7, -126), "float32": (23, -126), "float64": (52, -1022)}
+# dtype -> (bits of mantissa, smallest normal number). q8: float32 whose products take activations in blocks of int8.
+PRECISION = {
+    "float16": (10, -14),
+    "bfloat16": (7, -126),
+    "float32": (23, -126),
+    "float64": (52, -1022),
+    "q8": (8, -126),
+}
 
 
 @dataclass(frozen=True)

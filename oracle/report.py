@@ -156,7 +156,7 @@ def _summary(result: Result) -> Iterator[str]:
     if result.verdict != "diverge":
         hf = f" (hf {worst.hf.relative_l2:.2%})" if worst.hf else ""
         words = f"relative L2 {worst.test.relative_l2:.2%}{hf}"
-        yield f"{result.rules.dtype} is worst at {_place(worst)}: {words}"
+        yield f"{result.rules.coarser} is worst at {_place(worst)}: {words}"
     head = next((c for c in result.comparisons if c.key == (None, "lm_head")), None)
     if head is not None and head.test.kl is not None:
         yield f"logits: {_logits(head.test)}"

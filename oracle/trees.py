@@ -20,6 +20,7 @@ from weights import Config, UserError
 from weights.safetensors_file import SafetensorsFile
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+ACTIVATIONS = (*DTYPES, "q8")
 _LAYER = re.compile(r"layer-(\d{1,9})")
 _FORMS = {f".{suffix}": form for form, suffix in SUFFIXES.items()}
 _SAMPLE = 1 << 16  # values of a file that are looked at to guess the dtype
@@ -171,6 +172,15 @@ class Tree:
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"{self.folder / MANIFEST}: dtype {dtype!r}; known are {', '.join(DTYPES)}")
         return dtype
+
+    @property
+    def stated_activations(self) -> str | None:
+        """What the producer rounds activations to before a matmul, where it says so: one of `ACTIVATIONS`."""
+        stated = (self.manifest or {}).get("activations")
+        if stated is not None and stated not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"{self.folder / MANIFEST}: activations {stated!r}; known are {known}")
+        return stated
 
     def open(self, key: Key) -> TensorFile:
         """The file of a stage. Raises `UserError` where it is broken or its header names another layer."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from jaxref.stages import STAGES, Key
 from oracle.metrics import PRECISION, Figures
-from oracle.trees import DTYPES, path_of
+from oracle.trees import path_of
 from weights import UserError
 
 # Greatest relative L2 (and channel median) of a two-way compare; see docs/decisions.md for what was measured.
-BOUNDS = {"float64": 1e-6, "float32": 3e-5, "float16": 0.03, "bfloat16": 0.15}
+BOUNDS = {"float64": 1e-6, "float32": 3e-5, "float16": 0.03, "q8": 0.1, "bfloat16": 0.15}
 # A softmax's relative error is the absolute error of its scores, and `attention` inherits it.
 STEEP = 4.0
 STEEP_STAGES = ("attn_softmax", "attention", "attn_out")
@@ -94,7 +94,10 @@ def _term(part: str, text: str) -> tuple[str, str, float]:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is asked of every stage. `dtype` is the test's, `coarser` that of the pair, which decides the bounds."""
+    """What is asked of every stage. `dtype` is the test's, `coarser` that of the pair, which decides the bounds.
+
+    An engine that rounds activations before it multiplies is as coarse as these ("q8" for quantised weights).
+    """
 
     dtype: str
     coarser: str
@@ -208,7 +211,7 @@ class Blame:
 def odd_one_out(test_ref: float, hf_ref: float, test_hf: float, rules: Rules, key: Key) -> Blame:
     """By all three distances (relative L2): the one that is far from both others, which are near to each other."""
     distances = f"test-reference {test_ref:.2g}, hf-reference {hf_ref:.2g}, test-hf {test_hf:.2g}"
-    noise = f"nobody: inside the rounding noise of {rules.dtype}"
+    noise = f"nobody: inside the rounding noise of {rules.coarser}"
     if max(test_ref, hf_ref) <= rules.bound(key) and test_ref <= rules.max_ratio * max(hf_ref, rules.floor):
         return Blame("none", f"{noise} ({distances})")
     # In the order of trust: the odd one is the one outside the nearest pair.
@@ -223,8 +226,8 @@ def odd_one_out(test_ref: float, hf_ref: float, test_hf: float, rules: Rules, ke
 
 def check_dtype(dtype: str | None) -> str | None:
     """Raise `UserError` for a dtype that is not known."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in BOUNDS:
+        raise UserError(f"dtype {dtype!r} is not known; known are {', '.join(BOUNDS)}")
     return dtype
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,23 @@ SCALES = {"Q2_K": slice(80, 84), "Q3_K": slice(108, 110), "Q4_K": slice(0, 4), "
 SCALES["Q6_K"] = slice(208, 210)
 
 
+Encode = Callable[[np.ndarray, GGMLQuantizationType], np.ndarray]
+
+
 def write_gguf(
-    folder: Path, path: Path, kind: str = "F32", changes: dict[str, Any] | None = None, *, per_part: int = 0
+    folder: Path,
+    path: Path,
+    kind: str = "F32",
+    changes: dict[str, Any] | None = None,
+    *,
+    per_part: int = 0,
+    encode: Encode | None = None,
 ) -> Path:
     """The checkpoint of a folder as a GGUF file with its matrices stored as `kind`; vectors and routers stay F32.
 
     `changes` are metadata by their full keys, None for a key to leave out. With `per_part`, a split model of so many
-    tensors a file; returned is the first. K-quants get random values, since the package cannot quantise to them.
+    tensors a file; returned is the first. K-quants get random values, as the package cannot make them, unless
+    `encode` can.
     """
     checkpoint = open_checkpoint(folder)
     known = metadata(checkpoint.config) | tokens(folder) | (changes or {})
@@ -35,7 +46,7 @@ def write_gguf(
     for name, values in tensors(checkpoint):
         plain = values.ndim == 1 or "ffn_gate_inp" in name
         stored = GGMLQuantizationType["F32" if plain else kind]
-        writer.add_tensor(name, encoded(values.astype(np.float32), stored), raw_dtype=stored)
+        writer.add_tensor(name, (encode or encoded)(values.astype(np.float32), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -133,3 +144,20 @@ def encoded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     scales = rng.uniform(1e-5, 1e-4, (len(blocks), (at.stop - at.start) // 2)).astype(np.float16)
     blocks[:, at] = scales.view(np.uint8)
     return blocks.reshape(*values.shape[:-1], values.shape[-1] // block * size)
+
+
+def encoded_by_ggml(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Values as llama.cpp's own library quantises them."""
+    from oracle.engines.llama_api import load
+
+    if kind.name in ("F32", "F16", "BF16"):
+        return quants.quantize(values, kind)
+    quantize = load().ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    block, size = GGML_QUANT_SIZES[kind]
+    rows, columns = values.size // values.shape[-1], values.shape[-1]
+    values = np.ascontiguousarray(values)
+    found = np.empty((*values.shape[:-1], columns // block * size), np.uint8)
+    assert quantize(int(kind), values.ctypes.data, found.ctypes.data, 0, rows, columns, None) == found.size
+    return found

@@ -24,6 +24,7 @@ def write_tree(
     dtype: str = "float32",
     form: str = "aprt",
     convention: str = "canonical",
+    as_stored: bool = False,
     **options,
 ) -> Report:
     """Dump with options as people type them."""
@@ -36,7 +37,16 @@ def write_tree(
         parse_layers(layers, config.num_hidden_layers),
         parse_positions(positions, len(tokens)),
     )
-    job = Job(checkpoint, list(tokens), selection, numerics_of(dtype), output, form, convention=convention)
+    job = Job(
+        checkpoint,
+        list(tokens),
+        selection,
+        numerics_of(dtype),
+        output,
+        form,
+        convention=convention,
+        as_stored=as_stored,
+    )
     return dump(job, **options)
 
 

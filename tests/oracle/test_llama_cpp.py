@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import jaxref
 from jaxref.dump import Job, Report
 from jaxref.precision import numerics_of
-from jaxref.selection import Selection, parse_stages
+from jaxref.selection import Selection, parse_positions, parse_stages
 from oracle import assert_parity, compare
 from oracle.engines import llama_api, llama_cpp
 from oracle.engines.llama_dump import dump_llama_cpp
@@ -72,11 +74,20 @@ def capture(path: Path, tokens: list[int], **options) -> tuple[dict[str, np.ndar
     return trace, llama_cpp.run(path, tokens, keep, **options)
 
 
-def dump(path: Path, output: Path, tokens: list[int], stages: str = "all", device: str = "cpu", **knobs) -> Report:
+def dump(
+    path: Path,
+    output: Path,
+    tokens: list[int],
+    stages: str = "all",
+    device: str = "cpu",
+    positions: str | None = None,
+    **knobs,
+) -> Report:
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     layers = tuple(range(config.num_hidden_layers))
-    selection = Selection(config, len(tokens), parse_stages(stages, config), layers)
+    rows = parse_positions(positions, len(tokens))
+    selection = Selection(config, len(tokens), parse_stages(stages, config), layers, rows)
     job = Job(checkpoint, tokens, selection, numerics_of("float32"), output)
     return dump_llama_cpp(job, device, lambda layer: None, **knobs)
 
@@ -121,6 +132,16 @@ def test_a_wrong_setting_is_named_by_its_first_stage(gguf, tmp_path: Path, name:
     assert_parity(tmp_path / "ours", tmp_path / "clean", allow_missing=["ffn_silu"])
     result = compare(tmp_path / "ours", tmp_path / "fault")
     assert result.first is not None and result.first.key == (0, first), as_text(result)
+
+
+def test_the_plan_is_what_is_written(gguf, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "oracle", "llama-cpp", gguf("qwen2"), "--tokens", "1,2", "--output", tmp_path / "t"]
+    plan, done = (
+        json.loads(subprocess.run([*words, "--json", *more], capture_output=True, text=True, check=True).stdout)
+        for more in (["--plan"], [])
+    )
+    assert "ffn_silu" not in {row["stage"] for row in plan["stages"]}
+    assert sum(row["files"] for row in plan["stages"]) == done["files"]
 
 
 def test_the_tree_says_what_is_missing(gguf, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from oracle.comparer import Options, compare
 from oracle.report import as_text
 from tests.oracle.faults import write
 from tests.trees import write_tree
+from weights import open_checkpoint
 
 TOKENS = [3838, 374, 220, 17, 10, 17, 30]  # What is 2+2?
 
@@ -26,3 +27,19 @@ def test_float16_noise_is_nobodys_fault(real_model, tmp_path) -> None:
     assert worst.key == (0, "attn_softmax") and worst.test.relative_l2 == pytest.approx(0.037, abs=0.005)
     two_way = compare(tmp_path / "float64", tmp_path / "test", options=Options(min_cosine=0.9999))
     assert two_way.first is not None and two_way.first.key == (0, "attn_softmax")
+
+
+@pytest.mark.real_model
+def test_llama_cpp_is_clean_but_for_its_rounding_of_activations(real_model, tmp_path) -> None:
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'jaxref[llama-cpp]'")
+    from tests.oracle.test_llama_cpp import dump
+
+    file = next(real_model.glob("*.gguf"))
+    assert open_checkpoint(file).tokenizer().encode("What is 2+2?") == TOKENS
+    write_tree(file, tmp_path / "truth", TOKENS, dtype="float64")
+    write_tree(file, tmp_path / "stored", TOKENS, as_stored=True)
+    dump(file, tmp_path / "llama", TOKENS)
+    for hf in (None, tmp_path / "stored"):
+        result = compare(tmp_path / "truth", tmp_path / "llama", hf)
+        assert result.verdict == "agree" and result.blame.who == "none", as_text(result)
+        assert max(c.test.relative_l2 for c in result.comparisons) > 0.01

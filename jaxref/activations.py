@@ -1,0 +1,78 @@
+"""What an engine does to activations before it multiplies them with weights that are not float32.
+
+ggml's CPU kernels round each row of activations to the type that the weight's dot product takes (`vec_dot_type` in
+ggml-cpu.c): int8 in blocks for quantised weights, float16 or bfloat16 for such weights. The sums are float32.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jaxtyping import Float
+
+from weights import Checkpoint
+from weights.names import expected
+
+# How a weight is stored in a GGUF file -> what becomes of its activations; float32 weights leave them alone.
+ACTIVATIONS: dict[str, str] = {
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0"), "Q8_0"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), "Q8_K"),
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
+# From fine to coarse: what a whole model's engine is called by.
+COARSENESS = {"float16": "float16", "bfloat16": "bfloat16", "Q8_K": "q8", "Q8_0": "q8"}
+BLOCKS = {"Q8_0": 32, "Q8_K": 256}
+
+
+@struct.dataclass
+class Weight:
+    """A matrix [out, in] that wants its activations rounded to `activation` before they meet it."""
+
+    values: Array
+    activation: str = struct.field(pytree_node=False)
+
+
+Matrix = Array | Weight
+
+
+def activation_of(checkpoint: Checkpoint, name: str) -> str | None:
+    """What a GGUF engine rounds activations to before this tensor (by Hugging Face's name); None: they stay."""
+    return ACTIVATIONS.get(checkpoint.stored_as(name)) if checkpoint.folder.suffix == ".gguf" else None
+
+
+def coarsest_activation(checkpoint: Checkpoint) -> str:
+    """The coarsest rounding of activations that a GGUF's weights ask for: float32, float16, bfloat16 or q8."""
+    names = [name for name, shape in expected(checkpoint.config, stacked=checkpoint.stacked) if len(shape) > 1]
+    used = [name for name in names if name != "model.embed_tokens.weight" or name == checkpoint.head_name]
+    kinds = {activation_of(checkpoint, name) for name in used}
+    return next((COARSENESS[kind] for kind in reversed(COARSENESS) if kind in kinds), "float32")
+
+
+def round_activations(x: Float[Array, "*S I"], kind: str) -> Float[Array, "*S I"]:
+    """Rows as an engine rounds them: "Q8_0" (blocks of 32, a float16 scale), "Q8_K" (256, float32), or half precision.
+
+    A row whose length is no multiple of the block is padded with zeros.
+    """
+    if kind not in BLOCKS:
+        return x.astype(kind).astype(x.dtype)
+    block = BLOCKS[kind]
+    padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
+    blocks = padded.reshape(-1, block)
+    rounded = (_q8_0 if kind == "Q8_0" else _q8_k)(blocks).reshape(padded.shape)
+    return rounded[..., : x.shape[-1]].astype(x.dtype)
+
+
+def _q8_0(blocks: Array) -> Array:
+    """`quantize_row_q8_0` as the processors' own versions of it compute (ggml-cpu/arch): exact halves are not rare."""
+    greatest = jnp.abs(blocks).max(axis=1, keepdims=True)
+    whole = jnp.round(blocks * jnp.where(greatest == 0, 0, 127 / greatest))
+    return whole * (greatest / 127).astype(jnp.float16).astype(jnp.float32)
+
+
+def _q8_k(blocks: Array) -> Array:
+    """`quantize_row_q8_K` of ggml-quants.c: the value of greatest magnitude becomes -127."""
+    place = jnp.abs(blocks).argmax(axis=1)[:, None]
+    scale = jnp.take_along_axis(blocks, place, axis=1) / -127
+    return jnp.minimum(jnp.round(blocks * jnp.where(scale == 0, 0, 1 / scale)), 127) * scale

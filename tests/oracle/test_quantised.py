@@ -1,0 +1,156 @@
+"""Quantised engines: llama.cpp's rounding of activations is known; a clean engine agrees and a fault does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from jaxref.activations import activation_of, coarsest_activation, round_activations
+from oracle import assert_parity, compare
+from oracle.report import as_text
+from tests.conftest import prompt
+from tests.gguf_writer import encoded_by_ggml, write_gguf
+from tests.gguf_writer import tokens as vocabulary
+from tests.oracle.test_llama_cpp import capture, dump
+from tests.trees import distance, write_tree
+from weights import EMBEDDED, UserError, open_checkpoint
+from weights.tiny import tiny_config, write_random
+
+HAS_LLAMA = importlib.util.find_spec("xllamacpp") is not None
+needs_llama = pytest.mark.skipif(not HAS_LLAMA, reason="needs llama.cpp: pip install 'jaxref[llama-cpp]'")
+# Two kv heads of three query heads, and rows that blocks of 256 divide.
+MID = {
+    "hidden_size": 768,
+    "intermediate_size": 1536,
+    "num_attention_heads": 6,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+}
+MOE = {"moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4, "mlp_only_layers": []}
+TOKENS = prompt(40, 272)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("gguf")
+
+    def file(arch: str, kind: str) -> Path:
+        path = root / f"{arch}-{kind}.gguf"
+        if not path.exists():
+            folder = root / arch
+            if not folder.exists():
+                write_random(folder, tiny_config(arch, None, 3, **MID, **(MOE if "moe" in arch else {})))
+                for name in ("tokenizer.json", "tokenizer_config.json"):
+                    shutil.copy(EMBEDDED / name, folder)
+            names = vocabulary(folder)["tokenizer.ggml.tokens"]
+            merged = {"tokenizer.ggml.tokens": [*names[:-1], "ab"], "tokenizer.ggml.merges": ["a b"]}
+            write_gguf(folder, path, kind, merged, encode=encoded_by_ggml if HAS_LLAMA else None)
+        return path
+
+    return file
+
+
+@pytest.mark.parametrize("count", [32, 100, 512])
+def test_q8_0_is_the_packages_own(count: int) -> None:
+    x = np.random.default_rng(count).standard_normal((5, count)).astype(np.float32)
+    x[2] = 0
+    padded = np.pad(x, [(0, 0), (0, -count % 32)])
+    theirs = quants.dequantize(quants.quantize(padded, GGMLQuantizationType.Q8_0), GGMLQuantizationType.Q8_0)
+    ours = np.asarray(round_activations(jnp.asarray(x), "Q8_0"))
+    assert ours.shape == x.shape
+    # There 1/d is rounded on the way, which decides halves otherwise: a step of the grid, for few.
+    assert distance(ours, theirs[:, :count]) < 2e-4
+
+
+def test_q8_k_keeps_the_greatest_value_and_is_a_grid_of_127_steps() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+    ours = np.asarray(round_activations(jnp.asarray(x), "Q8_K"))
+    for row, found in zip(x.reshape(-1, 256), ours.reshape(-1, 256), strict=True):
+        step = np.abs(row).max() / 127
+        assert np.abs(found).max() == pytest.approx(np.abs(row).max(), rel=1e-6)
+        assert np.abs(found - row).max() <= step * 0.51
+        assert np.abs(found / step - np.rint(found / step)).max() < 1e-3
+
+
+def test_half_precision_activations() -> None:
+    x = np.array([[1.0009765, 3.14159265, 70000.0]], np.float32)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(
+            round_activations(jnp.asarray(x), "float16"), x.astype(np.float16).astype(np.float32)
+        )
+    np.testing.assert_array_equal(
+        round_activations(jnp.asarray(x), "bfloat16"), x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    )
+
+
+def test_what_a_file_asks_for(gguf, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(gguf("qwen2", "Q4_K"))
+    assert activation_of(checkpoint, "model.layers.0.mlp.up_proj.weight") == "Q8_K"
+    assert activation_of(checkpoint, "model.norm.weight") is None
+    assert coarsest_activation(checkpoint) == "q8"
+    assert coarsest_activation(open_checkpoint(gguf("qwen2", "F16"))) == "float16"
+    assert coarsest_activation(open_checkpoint(gguf("qwen2", "F32"))) == "float32"
+
+
+@needs_llama
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "F16"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_clean_engine_agrees(gguf, tmp_path: Path, arch: str, kind: str) -> None:
+    file = gguf(arch, kind)
+    write_tree(file, tmp_path / "truth", TOKENS, dtype="float64", positions="all")
+    write_tree(file, tmp_path / "stored", TOKENS, positions="all", as_stored=True)
+    dump(file, tmp_path / "engine", TOKENS, positions="all")
+    stated = json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert stated["activations"] == ("float16" if kind == "F16" else "q8")
+    assert_parity(tmp_path / "truth", tmp_path / "engine")
+    result = assert_parity(tmp_path / "truth", tmp_path / "engine", hf=tmp_path / "stored")
+    assert result.blame.who == "none"
+
+
+@needs_llama
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "F16", "BF16"])
+def test_the_rounding_is_the_engines(gguf, kind: str) -> None:
+    """On the engine's own activations nothing is left but the order of the sums."""
+    file = gguf("qwen2", kind)
+    trace, _ = capture(file, TOKENS)
+    for stage, source, names in (
+        ("qkv_matmul", "attn_norm", [f"self_attn.{part}_proj" for part in "qkv"]),
+        ("ffn_out", "ffn_swigl", ["mlp.down_proj"]),
+    ):
+        x, checkpoint = trace[f"layer-1/{source}"], open_checkpoint(file)
+        matrices = [checkpoint.tensor(f"model.layers.1.{name}.weight").astype(np.float64) for name in names]
+        weight = np.concatenate(matrices)
+        activation = activation_of(checkpoint, f"model.layers.1.{names[0]}.weight")
+        rounded = np.asarray(round_activations(jnp.asarray(x), str(activation)), np.float64)
+        found = trace[f"layer-1/{stage}"]
+        assert distance(rounded @ weight.T, found) < 1e-6 < 1e-4 < distance(x @ weight.T, found)
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    ("knobs", "first"), [({"rope_freq_base": 10000.0}, "q_post_rope"), ({"attention_type": 1}, "attn_softmax")]
+)
+def test_a_fault_is_more_than_the_rounding(gguf, tmp_path: Path, knobs: dict, first: str) -> None:
+    file = gguf("qwen2", "Q8_0")
+    write_tree(file, tmp_path / "truth", TOKENS, dtype="float64")
+    dump(file, tmp_path / "engine", TOKENS, **knobs)
+    result = compare(tmp_path / "truth", tmp_path / "engine")
+    assert result.first is not None and result.first.key == (0, first), as_text(result)
+
+
+@needs_llama
+def test_the_yardstick_must_round_as_the_engine(gguf, tmp_path: Path) -> None:
+    file = gguf("qwen2", "Q8_0")
+    for name, dtype in (("truth", "float64"), ("exact", "float32")):
+        write_tree(file, tmp_path / name, TOKENS, dtype=dtype, stages="attn_norm")
+    dump(file, tmp_path / "engine", TOKENS, stages="attn_norm")
+    with pytest.raises(UserError, match="--activations stored"):
+        compare(tmp_path / "truth", tmp_path / "engine", tmp_path / "exact")
