@@ -1,0 +1,123 @@
+"""One faulty stage with all that a hypothesis about it may need: inputs, weights, the engine's other stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from jaxref.stages import STAGES
+from oracle.engine_tree import Value
+from oracle.localize import distance, drift
+from oracle.replay import Case, Replay, rows_at
+from oracle.variants import Switches, variant_of
+from weights.names import layer_rows
+from weights.params import expert_names, layer_names
+
+# get(field, layer, shift): a matrix of this or another layer; of an expert's stage that of the expert `shift` ids on.
+Get = Callable[..., np.ndarray]
+Pick = Callable[[Get], np.ndarray]
+
+
+class Bench:
+    """Where hypotheses about one stage of one layer are tried. All arrays are float64."""
+
+    def __init__(self, replay: Replay, case: Case, engine: np.ndarray) -> None:
+        self.replay, self.case, self.engine = replay, case, engine
+        self.config, self.layer, self.stage = replay.config, case.key[0], case.stage
+        self.row = STAGES[case.stage]
+        self.settings: Switches = self.row.settings(self.config, self.layer or 0)
+        self.tensor = lru_cache(maxsize=8)(self._tensor)
+        self._function = variant_of(case.stage)
+
+    @cached_property
+    def _rounding_drift(self) -> float:
+        return drift(self.replay.emulate(self.case), self.run({}))
+
+    @property
+    def x(self) -> list[np.ndarray]:
+        """The stage's inputs."""
+        return list(self.case.inputs)
+
+    def run(self, switches: Switches) -> np.ndarray:
+        """The stage with switches. `x` among them replaces inputs by their places, `w` weights by their fields."""
+        assert self._function is not None
+        s = self.settings | switches
+        x = [s.get("x", {}).get(i, value) for i, value in enumerate(self.x)]
+        if self.row.per_expert:
+            return self._run_experts(x, s)
+        w = {field: self._weight(field, s.get("w", {}).get(field)) for field in self.row.params}
+        return self._function(x, w, s)
+
+    def error(self, switches: Switches) -> float:
+        """How far the engine is from the stage with these switches: relative L2; infinite where they cannot be."""
+        try:
+            with np.errstate(all="ignore"):
+                found = self.run(switches)
+                stored = found.astype(self.replay.emulated.compute).astype(np.float64)
+                # A value that the engine rounded once is that of the right variant rounded, to the bit.
+                return min(distance(self.stage, self.engine, x, self.case.positions) for x in (found, stored))
+        except (ValueError, IndexError, KeyError, FloatingPointError):
+            return float("inf")  # shapes that do not go together: this is not what the engine did
+
+    def drift(self, switches: Switches) -> float:
+        """The scale that is left between the engine's rows and the stage with these switches, less rounding's own."""
+        try:
+            return abs(drift(self.engine, self.run(switches)) - self._rounding_drift)
+        except (ValueError, IndexError, KeyError):
+            return float("inf")
+
+    def _weight(self, field: str, pick: Pick | None) -> np.ndarray:
+        own = np.asarray(getattr(self.case.params, field))
+        return own if pick is None else pick(lambda name=field, layer=None, shift=0: self.tensor(name, layer))
+
+    def _tensor(self, field: str, layer: int | None = None) -> np.ndarray:
+        """A tensor of this layer (another one's, the whole model's) by its field, as float64."""
+        checkpoint = self.replay.engine.checkpoint
+        if self.layer is None:
+            name = {"embed_tokens": "model.embed_tokens.weight", "head": checkpoint.head_name}.get(field, field)
+        else:
+            name = getattr(layer_names(self.config, self.layer if layer is None else layer), field)
+        return np.asarray(checkpoint.tensor(name), np.float64)
+
+    def _run_experts(self, x: list[np.ndarray], s: Switches) -> np.ndarray:
+        experts, (field,) = self.case.experts, self.row.params
+        assert experts is not None and self._function is not None and self.layer is not None
+        rows = x[0] if x[0].ndim == 3 else np.broadcast_to(x[0][:, None], (*experts.shape, x[0].shape[-1]))
+        pick = s.get("w", {}).get(field)
+        found: np.ndarray | None = None
+        for number in np.unique(experts):
+            at = np.nonzero(experts == number)
+            get = self._expert_get(field, int(number), s.get("shift", 0))
+            out = self._function([rows[at]], {field: get() if pick is None else pick(get)}, s)
+            found = np.zeros((*experts.shape, out.shape[-1])) if found is None else found
+            found[at] = out
+        assert found is not None
+        return found
+
+    def _expert_get(self, field: str, number: int, shift: int) -> Get:
+        def get(name: str = field, layer: int | None = None, shift: int = shift) -> np.ndarray:
+            expert = (number + shift) % self.config.num_experts
+            if layer is None:
+                return np.asarray(getattr(self.replay.expert(self.layer or 0, expert), name))
+            checkpoint = self.replay.engine.checkpoint
+            if not self.config.is_moe(layer):
+                raise ValueError("no experts there")
+            getattr(expert_names(layer, expert), name)
+            return np.asarray(getattr(checkpoint.expert(layer, expert), name), np.float64)
+
+        return get
+
+    def value(self, stage: str, layer: int | None = None) -> np.ndarray | None:
+        """The engine's rows of another stage at this one's positions; None where they cannot be had."""
+        found = self.replay.value((self.layer if layer is None else layer, stage))
+        if not isinstance(found, Value) or not set(self.case.positions) <= set(found.positions):
+            return None
+        return rows_at(found, self.case.positions, stage)
+
+    def has(self, field: str, layer: int) -> bool:
+        """Whether a layer has a tensor of this field."""
+        return any(row.field == field for row in layer_rows(self.config, layer)) or (
+            self.row.per_expert and self.config.is_moe(layer)
+        )

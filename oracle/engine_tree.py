@@ -1,0 +1,139 @@
+"""An engine's tree as arrays in the contract's shapes, whatever its layout, and what its numerics are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxref.activations import coarsest_activation
+from jaxref.stages import STAGES, Key, axis_size
+from oracle.conventions import recognise
+from oracle.layouts import View, heads_of, single_position, view
+from oracle.trees import Tree
+from weights import Checkpoint, UserError
+
+# As the command line names them: what the engine computes in.
+NUMERICS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8": "q8"}
+# Stages whose size tells how many positions a tree holds, in the order of trust.
+_COUNTING = (
+    "embedding",
+    "attn_norm",
+    "post_attn_residual",
+    "ffn_norm",
+    "post_ffn_residual",
+    "qkv_matmul",
+    "final_norm",
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A stage's rows at some positions. `through`: the stages that were computed since the tree lacks them."""
+
+    array: np.ndarray  # the contract's shape with len(positions) rows
+    positions: tuple[int, ...]
+    through: tuple[str, ...] = ()
+
+
+class EngineTree:
+    """The tree under test beside the checkpoint it should have computed. Raises `UserError` where they do not fit."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        checkpoint: Checkpoint,
+        tokens: Sequence[int] | None = None,
+        positions: tuple[int, ...] | None = None,
+        role: str = "engine",
+    ) -> None:
+        self.tree = Tree(folder, role, positions)
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self.notes: list[str] = []
+        stated = self.tree.tokens
+        if stated is not None and tokens is not None and list(tokens) != stated:
+            raise UserError(f"{folder}: its manifest holds other tokens ({stated[:8]}) than the ones given")
+        self.tokens = list(tokens) if tokens is not None else stated
+        self.keys = [key for key in self.tree.files if self._known(key)]
+        self.count = len(self.tokens) if self.tokens else self._count()
+        self.dims: Mapping[str, int] = self.config.dims() | {"S": self.count}
+        self._single = single_position(self.tree, self.dims)
+        self._script = recognise(self.tree)
+
+    def _known(self, key: Key) -> bool:
+        layer, stage = key
+        if layer is not None and layer >= self.config.num_hidden_layers:
+            name = f"layer-{layer}/{stage}"
+            raise UserError(f"{self.tree.folder}: holds {name}, the model has {self.config.num_hidden_layers} layers")
+        if not STAGES[stage].exists(self.config, layer):
+            self.notes.append(
+                f"{stage} of {'the model' if layer is None else f'layer {layer}'} is no stage of this model"
+            )
+            return False
+        return True
+
+    def _count(self) -> int:
+        for stage in _COUNTING:
+            for key in self.keys:
+                if key[1] == stage:
+                    width = axis_size(STAGES[stage].axes[1], self.config.dims())
+                    return self.tree.open(key).values.size // width or 1
+        raise UserError(f"{self.tree.folder}: no stage there tells the number of tokens; give --tokens or --prompt")
+
+    def numerics(self, asked: str | None) -> str:
+        """The engine's numerics ("float32", "float16", "bfloat16", "q8"): asked for, stated, or guessed and noted."""
+        if asked is not None:
+            return NUMERICS[asked]
+        dtype, activations = self.tree.stated_dtype, self.tree.stated_activations
+        if activations == "q8" or dtype in ("float16", "bfloat16"):
+            return "q8" if activations == "q8" else str(dtype)
+        if dtype is not None:
+            return "float32"
+        by_weights = coarsest_activation(self.checkpoint)
+        if by_weights == "q8":
+            self.notes.append(
+                "the weights are quantised: activations are taken to be rounded to int8 blocks (--numerics)"
+            )
+            return "q8"
+        guess = self.tree.guess_dtype()
+        guess = "float32" if guess == "float64" else guess
+        self.notes.append(f"the values are those of {guess} (--numerics)")
+        return guess
+
+    def value(self, key: Key) -> Value | None:
+        """A stage of the tree; None where it has none. Raises `UserError` for a file whose size fits nothing."""
+        if key not in self.tree.files:
+            return None
+        stage = STAGES[key[1]]
+        dims = self._dims_of(key)
+        found = view(self.tree, stage, self.tree.open(key), dims, self._single)
+        heads = heads_of(stage, self.dims)
+        if self._script is not None and self._script.head_major and stage.name in ("q_post_rope", "k_post_rope"):
+            found = found.head_major(heads or 1)
+        return Value(contract_array(found, stage.name, dims), found.positions)
+
+    def _dims_of(self, key: Key) -> Mapping[str, int]:
+        """The dimensions, with as many experts a token as the engine wrote ids where it chose another number."""
+        if not any("A" in axis for axis in STAGES[key[1]].axes):
+            return self.dims
+        ids = (key[0], "moe_router_indices")
+        size = self.tree.open(ids).values.size if ids in self.tree.files else 0
+        if not size or size in (self.dims["A"], self.dims["A"] * self.count):
+            return self.dims
+        stated = len(self.tree.stated_positions or ()) or (self.count if size % self.count == 0 else 1)
+        return {**self.dims, "A": size // stated} if 0 < size // stated <= self.dims["E"] else self.dims
+
+
+def contract_array(found: View, stage: str, dims: Mapping[str, int]) -> np.ndarray:
+    """A view's values as float64 in the contract's shape; a decode step's scores keep their fewer keys."""
+    rows = len(found.positions)
+    if found.heads_first:
+        return np.asarray(found.block(0, slice(None)), np.float64)
+    if STAGES[stage].axes[0] == "H":
+        return np.asarray(found.values, np.float64)
+    sizes = [axis_size(axis, dims) for axis in STAGES[stage].axes[1:]]
+    assert math.prod(sizes) == found.columns
+    return np.asarray(found.values, np.float64).reshape(rows, *sizes)

@@ -1,0 +1,138 @@
+"""Parameters of hypotheses read off the engine's own output, in closed form, and made round where that fits as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxref.rope import inverse_frequencies
+from oracle.bench import Bench
+from weights.config import RopeScaling
+
+THETAS = (1e4, 1e6, 5e5, 1e7, 1e5)
+EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-2, 0.0)
+
+
+def rounded(value: float, digits: int = 3) -> float:
+    """With few digits, as people choose numbers."""
+    return float(f"{value:.{digits - 1}e}")
+
+
+def frequencies(bench: Bench, scaling: RopeScaling | None) -> np.ndarray:
+    """[h/2] of this model with or without its scaling."""
+    return inverse_frequencies(bench.config.head_dim, bench.settings["theta"], scaling)
+
+
+def _angles(bench: Bench) -> tuple[int, np.ndarray] | None:
+    """A position from 1 on, the smallest that is there, and the angles [h/2] that its pairs were turned by."""
+    later = [(p, i) for i, p in enumerate(bench.case.positions) if p > 0]
+    if not later:
+        return None
+    position, row = min(later)
+    s, h = bench.settings, bench.config.head_dim
+    x = bench.x[0][row, s["start"] : s["start"] + s["heads"] * h].reshape(-1, 2, h // 2)
+    y = bench.engine[row].reshape(-1, 2, h // 2)
+    # Least squares over heads: y = turn·x, pairs taken as complex numbers.
+    a, b = x[:, 0] + 1j * x[:, 1], y[:, 0] + 1j * y[:, 1]
+    return position, np.angle((b * a.conj()).sum(axis=0))
+
+
+def thetas(bench: Bench) -> Iterator[float]:
+    """Bases that people use, and the one whose frequencies fit the angles at the first position."""
+    stated = bench.settings["theta"]
+    yield from (theta for theta in THETAS if theta != stated)
+    found = _angles(bench)
+    if found is None or bench.settings["scaling"] is not None:
+        return
+    position, angles = found
+    pairs, h = np.arange(len(angles)), bench.config.head_dim
+    # Small angles hold few digits in half precision, large ones may have gone round; the weights favour the middle.
+    keep = (angles > 1e-3) & (pairs > 0)
+    if position > 1 or keep.sum() < 2:
+        return
+    exponent = -np.log(angles[keep]) * h / (2 * pairs[keep])
+    weight = np.square(pairs[keep] * np.minimum(angles[keep], 1.0))
+    theta = math.exp(float((exponent * weight).sum() / weight.sum()))
+    for value in dict.fromkeys((rounded(theta, 2), rounded(theta, 3), theta)):
+        if abs(value - stated) > 1e-3 * stated:
+            yield value
+
+
+def stretches(bench: Bench) -> Iterator[float]:
+    """One factor between all angles and those that should be."""
+    found = _angles(bench)
+    if found is None:
+        return
+    position, angles = found
+    wanted = position * frequencies(bench, bench.settings["scaling"])
+    keep = (wanted < 3.0) & (np.abs(angles) > 1e-4)
+    if not keep.any():
+        return
+    factor = float(np.median(wanted[keep] / angles[keep]))
+    for value in dict.fromkeys((rounded(factor, 2), factor)):
+        if value > 0 and abs(value - 1) > 1e-3:
+            yield value
+
+
+def epsilons(bench: Bench) -> Iterator[float]:
+    """Those that people use, and the one that the sizes of the rows ask for."""
+    stated = bench.settings["eps"]
+    yield from (eps for eps in EPSILONS if eps != stated)
+    if bench.stage in ("q_norm", "k_norm"):
+        return
+    x, y = bench.x[0], bench.engine
+    unit = x * np.asarray(getattr(bench.case.params, bench.row.params[0]))
+    size = np.square(x).mean(axis=1)
+    with np.errstate(all="ignore"):
+        scale = (y * unit).sum(axis=1) / np.square(unit).sum(axis=1)
+        eps = float(np.median(1 / np.square(scale) - size))
+    if math.isfinite(eps) and eps > 0:
+        yield from (value for value in (rounded(eps, 1), rounded(eps, 2)) if value not in EPSILONS and value != stated)
+
+
+def windows(bench: Bench) -> Iterator[int]:
+    """How many keys the last query gives any weight to."""
+    seen: np.ndarray = np.abs(bench.engine[:, -1, :]).max(axis=0) > 0
+    last = bench.case.positions[-1]
+    window = last + 1 - int(seen[: last + 1].argmax()) if seen.any() else 0
+    if 0 < window <= last and window != bench.settings["window"]:
+        yield window
+
+
+def factors(bench: Bench) -> Iterator[float]:
+    """The scale between the engine's output and the right one; square roots of the width are taken as such."""
+    exact = bench.run({})
+    with np.errstate(all="ignore"):
+        factor = float((exact * bench.engine).sum() / np.square(exact).sum())
+    if not math.isfinite(factor) or factor == 0 or abs(factor - 1) < 1e-4:
+        return
+    root = math.sqrt(bench.config.hidden_size)
+    nice = [root, 1 / root, 2.0, 0.5, rounded(factor, 2), rounded(factor, 3)]
+    yield from dict.fromkeys(value for value in nice if abs(value / factor - 1) < 1e-2)
+    yield factor
+
+
+def common_offset(bench: Bench) -> np.ndarray | None:
+    """What is added at every token alike, from three tokens on; the first half tells it, all must fit."""
+    difference = bench.engine - bench.run({})
+    if len(difference) < 3:
+        return None
+    plus = difference[: max(1, len(difference) // 2)].mean(axis=0)
+    # A bias fills the row; what strikes a few channels is something else.
+    return plus if np.mean(np.abs(plus) > 1e-2 * np.abs(plus).max()) > 0.5 else None
+
+
+def head_orders(bench: Bench) -> Iterator[tuple[str, np.ndarray]]:
+    """For q, k and v the order of heads in which the right product fits, where it is a permutation."""
+    exact, h, start = bench.run({}), bench.config.head_dim, 0
+    widths = {"q_proj": bench.config.num_attention_heads, "k_proj": bench.config.num_key_value_heads}
+    widths["v_proj"] = bench.config.num_key_value_heads
+    for field, heads in widths.items():
+        ours, theirs = (a[:, start : start + heads * h].reshape(len(a), heads, h) for a in (exact, bench.engine))
+        start += heads * h
+        apart = np.square(theirs[:, :, None] - ours[:, None, :]).sum(axis=(0, 3))  # [engine's head, right head]
+        order = apart.argmin(axis=1)
+        if len(set(order.tolist())) == heads and not np.array_equal(order, np.arange(heads)):
+            yield field, order

@@ -1,0 +1,246 @@
+"""Any stage computed again on an engine's own upstream tensors, exactly and with the engine's roundings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxref.activations import Weight, activation_of
+from jaxref.precision import NUMERICS, Numerics
+from jaxref.stages import POSITIONS, STAGES, TOKENS, Key
+from oracle.engine_tree import EngineTree, Value
+from oracle.trees import path_of
+from weights import Expert
+from weights.params import expert_names, layer_names
+
+EXACT = NUMERICS["float64"]
+# Inputs of which every position is needed, whatever rows are asked for: keys, and the packed row that holds values.
+WHOLE = {("attn_scores", 1), ("attention", 1)}
+INDICES = "moe_router_indices"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Why a stage cannot be replayed."""
+
+    reason: str
+
+
+@struct.dataclass
+class Whole:
+    """The parameters that are no layer's: rows of the embedding, the last norm, the head."""
+
+    embed_tokens: Any = None
+    norm: Any = None
+    head: Any = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stage ready to be computed: its inputs in float64 at `positions`, and its parameters.
+
+    Inputs are arrays in the contract's shape, `params` a `Layer` or `Whole`. Of an expert's stage, `experts` [rows, A]
+    are the engine's own ids.
+    """
+
+    key: Key
+    inputs: tuple[np.ndarray, ...]
+    positions: tuple[int, ...]
+    params: Any  # Layer or Params in float64
+    experts: np.ndarray | None = None
+    through: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """Its name."""
+        return self.key[1]
+
+
+class Replay:
+    """Replays the stages of one engine's tree, layer by layer. `params` of the present layer are set by `enter`."""
+
+    def __init__(self, engine: EngineTree, numerics: str) -> None:
+        self.engine, self.config = engine, engine.config
+        self.q8 = numerics == "q8"
+        self.emulated: Numerics = NUMERICS["float32" if self.q8 else numerics]
+        self._known: dict[Key, Value | Unknown] = {}
+        self._experts: dict[tuple[int, int], Expert] = {}
+        self._params: Any = None
+        self._rounded: Any = None
+        self._layer: int | None = -1
+
+    def enter(self, layer: int | None, params: Any) -> None:
+        """Go on to a layer (None: the whole model) with its parameters in float64, and forget the one before."""
+        hidden = {key: value for key, value in self._known.items() if key[1] in ("post_ffn_residual", "embedding")}
+        self._known, self._experts = hidden, {}
+        self._layer, self._params, self._rounded = layer, params, None
+
+    def value(self, key: Key) -> Value | Unknown:
+        """The engine's own rows of a stage, or what follows for them from the nearest stages that it has."""
+        if key not in self._known:
+            own = self.engine.value(key)
+            self._known[key] = own if own is not None else self._chained(key)
+        return self._known[key]
+
+    def remember(self, key: Key, value: Value | Unknown) -> None:
+        """Take this for the engine's rows of a stage of the present layer."""
+        self._known[key] = value
+
+    def _chained(self, key: Key) -> Value | Unknown:
+        case = self.case(key)
+        if isinstance(case, Unknown):
+            return case
+        return Value(self.exact(case), case.positions, (*case.through, path_of(key)))
+
+    def case(self, key: Key) -> Case | Unknown:
+        """What a stage of the present layer is computed from."""
+        layer, stage = key
+        if layer != self._layer and not (layer is None and self._layer is None):
+            return Unknown(f"{path_of(key)} is missing, and nothing before it is there")
+        names = STAGES[stage].upstream(self.config, layer)
+        values: list[Value | str] = []
+        for name in names:
+            if isinstance(name, str):
+                if name == TOKENS and self.engine.tokens is None:
+                    return Unknown("the token ids are not known (--tokens or --prompt)")
+                values.append(name)
+                continue
+            value = self.value(name)
+            if isinstance(value, Unknown):
+                return value
+            if (stage, len(values)) in WHOLE and len(value.positions) < self.engine.count:
+                return Unknown(f"{path_of(name)} does not hold all positions")
+            values.append(value)
+        return self._gather(key, values)
+
+    def _gather(self, key: Key, values: list[Value | str]) -> Case | Unknown:
+        stage = key[1]
+        rowwise = [v for i, v in enumerate(values) if isinstance(v, Value) and (stage, i) not in WHOLE]
+        positions = set(range(self.engine.count))
+        for value in rowwise:
+            positions &= set(value.positions)
+        experts = None
+        through = [name for v in values if isinstance(v, Value) for name in v.through]
+        if STAGES[stage].per_expert:
+            chosen = self.value((key[0], INDICES))
+            if isinstance(chosen, Unknown):
+                return chosen
+            positions &= set(chosen.positions)
+            experts = rows_at(chosen, tuple(sorted(positions)), stage).astype(int)
+            through += chosen.through
+            if experts.size and not 0 <= experts.min() <= experts.max() < self.config.num_experts:
+                return Unknown(f"{path_of((key[0], INDICES))} names experts that do not exist")
+        if not positions:
+            return Unknown("its inputs have no position in common")
+        at = tuple(sorted(positions))
+        inputs: list[np.ndarray] = []
+        for i, value in enumerate(values):
+            if isinstance(value, Value):
+                inputs.append(value.array if (stage, i) in WHOLE else rows_at(value, at, stage))
+            elif value == TOKENS:
+                inputs.append(np.asarray(self.engine.tokens)[list(at)])
+            else:
+                inputs.append(self._positions(stage, i, at, inputs))
+        return Case(key, tuple(inputs), at, self._params, experts, tuple(dict.fromkeys(through)))
+
+    @staticmethod
+    def _positions(stage: str, index: int, at: tuple[int, ...], before: list[np.ndarray]) -> np.ndarray:
+        if stage == "attn_softmax" and index == 2:
+            return np.arange(before[0].shape[-1])
+        return np.asarray(at)
+
+    def exact(self, case: Case, **changes: Any) -> np.ndarray:
+        """The stage in float64. `changes` replace its settings."""
+        return self._run(case, EXACT, case.params, **changes)
+
+    def emulate(self, case: Case) -> np.ndarray:
+        """The stage with the engine's numerics: parameters, inputs and output rounded, activations too for q8."""
+        if self._rounded is None:
+            self._rounded = self._round(case.params)
+        return self._run(case, self.emulated, self._rounded)
+
+    def _round(self, params: Any) -> Any:
+        with EXACT.context():
+            narrow = jax.tree.map(lambda w: w.astype(self.emulated.compute), params)
+        if not self.q8:
+            return narrow
+        whole = isinstance(narrow, Whole)
+        names = (
+            {"head": self.engine.checkpoint.head_name} if whole else vars(layer_names(self.config, self._layer or 0))
+        )
+        wrapped = {
+            field: self._weight(value, names[field])
+            for field, value in vars(narrow).items()
+            if field in names and field != "experts" and value is not None and value.ndim > 1
+        }
+        return narrow.replace(**wrapped)
+
+    def _weight(self, values: Any, name: str) -> Any:
+        kind = activation_of(self.engine.checkpoint, name)
+        return values if kind is None else Weight(values, kind)
+
+    def _run(self, case: Case, numerics: Numerics, params: Any, **changes: Any) -> np.ndarray:
+        stage, layer = STAGES[case.stage], case.key[0]
+        if stage.per_expert:
+            return self._run_experts(case, numerics, **changes)
+        with EXACT.context(), np.errstate(all="ignore"):
+            inputs: list[Any] = [
+                self._cast(x, name, numerics) for x, name in zip(case.inputs, stage.inputs, strict=True)
+            ]
+            found = stage.run(inputs, params, self.config, layer, numerics, **changes)
+            return np.asarray(found).astype(np.float64)
+
+    @staticmethod
+    def _cast(x: np.ndarray, name: str, numerics: Numerics) -> Any:
+        if name in (TOKENS, POSITIONS) or name == INDICES:
+            return jnp.asarray(x, jnp.int32)
+        return jnp.asarray(x, numerics.compute)
+
+    def _run_experts(self, case: Case, numerics: Numerics, **changes: Any) -> np.ndarray:
+        """An expert's stage for each token and rank [rows, A, ·]: one product an expert that is used."""
+        stage, x = STAGES[case.stage], case.inputs[0]
+        assert case.experts is not None
+        if x.ndim == 2:
+            x = np.broadcast_to(x[:, None], (*case.experts.shape, x.shape[-1]))
+        found: np.ndarray | None = None
+        for number in np.unique(case.experts):
+            rows = np.nonzero(case.experts == number)
+            params = self.expert(int(case.key[0] or 0), int(number), numerics)
+            with EXACT.context():
+                inputs: list[Any] = [jnp.asarray(x[rows], numerics.compute)]
+                out = np.asarray(stage.run(inputs, params, self.config, case.key[0], numerics, **changes))
+            if found is None:
+                found = np.zeros((*case.experts.shape, out.shape[-1]))
+            found[rows] = out
+        assert found is not None
+        return found
+
+    def expert(self, layer: int, number: int, numerics: Numerics = EXACT) -> Expert:
+        """The parameters of one expert, float64 or as the engine holds them."""
+        if (layer, number) not in self._experts:
+            views = self.engine.checkpoint.expert(layer, number)
+            with EXACT.context():
+                self._experts[layer, number] = jax.tree.map(lambda w: jnp.asarray(np.asarray(w, np.float64)), views)
+        exact = self._experts[layer, number]
+        if numerics is EXACT:
+            return exact
+        names = vars(expert_names(layer, number))
+        with EXACT.context():
+            narrow = {field: w.astype(numerics.compute) for field, w in vars(exact).items()}
+        return Expert(**({f: self._weight(w, names[f]) for f, w in narrow.items()} if self.q8 else narrow))
+
+
+def rows_at(value: Value, positions: tuple[int, ...], stage: str) -> np.ndarray:
+    """The rows of some positions; attention's maps count them on their second axis."""
+    if value.positions == positions:
+        return value.array
+    place = {position: index for index, position in enumerate(value.positions)}
+    axis = (
+        1 if value.array.ndim == 3 and value.array.shape[1] == len(value.positions) and stage.startswith("att") else 0
+    )
+    return np.take(value.array, [place[p] for p in positions], axis=axis)

@@ -1,0 +1,128 @@
+"""Grouped-query attention, from the normed hidden state to the output projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.oracle.standin.norms import head_norm
+from tests.oracle.standin.place import Place
+from tests.oracle.standin.rotary import rotate
+
+PARTS = ("q", "k", "v")
+
+
+def attend(here: Place, x: Tensor) -> Tensor:
+    """The attention branch [S, D] of one layer."""
+    q, k, v = (part.unflatten(-1, (-1, here.head_dim)) for part in _project(here, x))
+    q, k = _turn(here, "q", q), _turn(here, "k", k)
+    scores = here.emit("attn_scores", _scores(here, q, k))
+    chances = here.emit("attn_softmax", _softmax(here, scores))
+    mixed = torch.einsum("jqk,kjd->qjd", chances.float(), v[:, _kv_head(here, "v_heads")].float())
+    mixed = here.emit("attention", here.round(mixed.flatten(1)))
+    return here.emit("attn_out", _output(here, mixed))
+
+
+def _project(here: Place, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v; a bias is added before anything is rounded."""
+    order = here.argument("qkv_order") or "qkv"
+    roles = [f"self_attn.{part}_proj" for part in PARTS]
+    taken = dict(zip(PARTS, order, strict=True))
+    parts = [here.product(x, f"self_attn.{taken[part]}_proj.weight") for part in PARTS]
+    widths = [part.shape[-1] for part in parts]
+    row = here.emit("qkv_matmul", torch.cat(parts, dim=-1))
+    if here.has("self_attn.q_proj.bias"):
+        bias = torch.cat(
+            [_bias(here, part, here.weight(f"{role}.bias")) for part, role in zip(PARTS, roles, strict=True)]
+        )
+        row = here.emit("qkv_bias", here.round(row + bias))
+    return here.round(row).split(widths, dim=-1)
+
+
+def _bias(here: Place, part: str, bias: Tensor) -> Tensor:
+    if here.fault("bias_missing", f"bias_missing/{part}") or (part != "q" and here.fault("bias_q_only")):
+        return torch.zeros_like(bias)
+    return bias.float() * (2 if here.fault("bias_doubled") else 1)
+
+
+def _turn(here: Place, part: str, x: Tensor) -> Tensor:
+    """q or k [S, heads, h] through its head norm, where the model has one, and through RoPE."""
+    stage = f"{part}_norm"
+    normed = x
+    if here.has(f"self_attn.{part}_norm.weight"):
+        normed = here.emit(stage, head_norm(here, stage, x).flatten(1)).view_as(x)
+    if here.fault("rope_before_norm"):
+        turned = head_norm(here, stage, rotate(here, part, x))
+    else:
+        turned = rotate(here, part, normed)
+    return here.emit(f"{part}_post_rope", turned.flatten(1)).view_as(x)
+
+
+def _kv_head(here: Place, what: str) -> Tensor:
+    """The kv head that each query head reads [H]."""
+    head = torch.arange(here.heads)
+    if here.fault(f"{what}_modulo"):
+        return head % here.kv_heads
+    group = head // (here.heads // here.kv_heads)
+    return here.kv_heads - 1 - group if here.fault(f"{what}_reversed") else group
+
+
+def _scores(here: Place, q: Tensor, k: Tensor) -> Tensor:
+    """Scaled products [H, S, S] of every query with every key, rounded before and after the scaling."""
+    raw = here.round(torch.einsum("qjd,kjd->jqk", q.float(), k[:, _kv_head(here, "kv_heads")].float()))
+    if here.fault("scores_unscaled"):
+        return raw
+    if here.fault("scores_head_dim"):
+        return raw / here.head_dim
+    width = here.config["hidden_size"] // here.heads if here.fault("scores_model_dim") else here.head_dim
+    return raw * width**-0.5
+
+
+def _softmax(here: Place, scores: Tensor) -> Tensor:
+    """Over the keys that each query may see, in float32, then rounded."""
+    scores, seen = scores.float(), _visible(here, scores.shape[-1])
+    if here.fault("softmax_masked_after"):
+        return here.round(scores.softmax(-1) * seen)
+    axis = -2 if here.fault("softmax_query_axis") else -1
+    return here.round(scores.masked_fill(~seen, -torch.inf).softmax(axis))
+
+
+def _visible(here: Place, count: int) -> Tensor:
+    """Which keys a query sees [query, key]."""
+    back = torch.arange(count)[:, None] - torch.arange(count)  # how many positions the key lies back
+    if here.fault("mask_missing"):
+        return torch.ones_like(back, dtype=torch.bool)
+    if here.fault("mask_strict"):
+        seen = back > 0
+        seen[0, 0] = True  # or its softmax would be over nothing
+        return seen
+    seen = back >= (-1 if here.fault("mask_ahead") else 0)
+    window = _window(here)
+    return seen if window is None else seen & (back < window)
+
+
+def _window(here: Place) -> int | None:
+    """How many positions this layer sees, itself included; None where it sees all."""
+    if planted := here.argument("window"):
+        return None if planted == "none" else int(planted)
+    config = here.config
+    if not config.get("use_sliding_window") or not config.get("sliding_window"):
+        return None
+    kinds = config.get("layer_types")
+    first = 0 if config["model_type"] == "qwen3_moe" else config.get("max_window_layers", 28)
+    sliding = kinds[here.number] == "sliding_attention" if kinds else here.number >= first
+    return config["sliding_window"] if sliding else None
+
+
+def _output(here: Place, mixed: Tensor) -> Tensor:
+    by_head = mixed.unflatten(-1, (here.heads, here.head_dim))
+    if here.fault("o_proj_head_order/reversed"):
+        mixed = by_head.flip(1).flatten(1)
+    if here.fault("o_proj_head_order/transposed"):
+        mixed = by_head.transpose(1, 2).flatten(1)
+    out = here.product(mixed, "self_attn.o_proj.weight")
+    if here.fault("o_proj_bias/random"):
+        out = out + 0.5 * torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(11))
+    if here.fault("o_proj_bias/q_bias"):
+        out = out + here.weight("self_attn.q_proj.bias")[: out.shape[-1]].float()
+    return here.round(out)

@@ -1,0 +1,115 @@
+"""The dense SwiGLU block and the mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.oracle.standin.place import Place
+
+
+def is_moe(here: Place) -> bool:
+    """Whether this layer has experts."""
+    step = here.config.get("decoder_sparse_step", 1)
+    dense = here.layer in (here.config.get("mlp_only_layers") or ())
+    return bool(here.config.get("num_experts")) and not dense and (here.number + 1) % step == 0
+
+
+def feed_forward(here: Place, x: Tensor) -> Tensor:
+    """The feed-forward branch [S, D] of one layer."""
+    return _mixture(here, x) if is_moe(here) else _dense(here, x)
+
+
+def _dense(here: Place, x: Tensor) -> Tensor:
+    roles = ("up_proj", "gate_proj") if here.fault("gate_up_swapped") else ("gate_proj", "up_proj")
+    gate = here.emit("ffn_gate", here.linear(x, f"mlp.{roles[0]}.weight"))
+    up = here.emit("ffn_up", here.linear(x, f"mlp.{roles[1]}.weight"))
+    if here.fault("gate_up_swapped/activation"):
+        gate, up = up, gate
+    act = here.emit("ffn_silu", _activated(here, gate))
+    product = here.emit("ffn_swigl", _gated(here, act, gate, up))
+    return here.emit("ffn_out", here.linear(product, "mlp.down_proj.weight"))
+
+
+def _activated(here: Place, gate: Tensor) -> Tensor:
+    gate = gate.float()
+    if here.fault("gelu_tanh"):
+        act = F.gelu(gate, approximate="tanh")
+    elif here.fault("gelu_erf"):
+        act = F.gelu(gate)
+    elif here.fault("silu_missing"):
+        act = gate
+    elif here.fault("silu_missing/relu"):
+        act = F.relu(gate)
+    else:
+        act = F.silu(gate)
+    return here.round(act)
+
+
+def _gated(here: Place, act: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    if here.fault("silu_on_product"):
+        return here.round(F.silu((gate * up).float()))
+    return act * up
+
+
+def _mixture(here: Place, x: Tensor) -> Tensor:
+    shares, ids = _route(here, x)
+    roles = ("up_proj", "gate_proj") if here.fault("expert_gate_up_swapped") else ("gate_proj", "up_proj")
+    rows = x[:, None].expand(-1, ids.shape[1], -1)
+    gate = here.emit("moe_expert_gate", _in_experts(here, rows, ids, roles[0]))
+    up = here.emit("moe_expert_up", _in_experts(here, rows, ids, roles[1]))
+    product = here.emit("moe_expert_swigl", _gated(here, _activated(here, gate), gate, up))
+    out = here.emit("moe_expert_out", _in_experts(here, product, ids, "down_proj"))
+    return here.emit("moe_ffn_out", _combined(here, out, shares, ids))
+
+
+def _route(here: Place, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen experts' shares and ids, [S, A] each, the largest share first."""
+    logits = here.linear(x, "mlp.gate.weight")
+    if here.fault("router_half"):
+        logits = logits.half().float()
+    logits = here.emit("moe_router_logits", logits).float()
+    if here.fault("router_half/moe_router"):
+        logits = logits.half().float()
+    chances = logits.sigmoid() if here.fault("router_sigmoid") else logits.softmax(-1)
+    count = int(here.argument("router_count") or here.config["num_experts_per_tok"])
+    shares, ids = chances.topk(count, dim=-1)
+    if here.fault("router_softmax_after"):
+        shares = logits.gather(1, ids).softmax(-1)
+    renormalised = bool(here.config.get("norm_topk_prob"))
+    if here.fault("router_not_renormalised", "router_renormalised"):
+        renormalised = not renormalised
+    if renormalised:
+        shares = shares / shares.sum(-1, keepdim=True)
+    return here.emit("moe_router", here.round(shares)), here.emit("moe_router_indices", ids)
+
+
+def _in_experts(here: Place, rows: Tensor, ids: Tensor, role: str) -> Tensor:
+    """Each row [S, A, in] through its own expert's matrix: [S, A, out]."""
+    shift = 1 if here.fault("experts_off_by_one") else 0
+    found: dict[int, Tensor] = {}
+    for expert in ids.unique().tolist():
+        loaded = (expert + shift) % here.config["num_experts"]
+        found[expert] = here.linear(rows[ids == expert], f"mlp.experts.{loaded}.{role}.weight")
+    out = torch.empty(*ids.shape, next(iter(found.values())).shape[-1], dtype=here.run.dtype)
+    for expert, values in found.items():
+        out[ids == expert] = values
+    return out
+
+
+def _combined(here: Place, out: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
+    """The experts' outputs weighed and added one by one, in the order of their ids, rounded at each step."""
+    if here.fault("moe_weights_twice"):
+        shares = shares * shares
+    if here.fault("moe_weights_order"):
+        shares = shares.flip(1)
+    kept = torch.ones_like(shares)
+    if lost := here.argument("moe_expert_lost"):
+        kept[:, int(lost)] = 0
+    weighed = out * (shares * kept)[..., None]
+    order = ids.argsort(dim=1)[..., None].expand_as(weighed)
+    total = torch.zeros_like(weighed[:, 0])
+    for part in weighed.gather(1, order).unbind(1):
+        total = total + part
+    return total

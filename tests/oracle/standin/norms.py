@@ -1,0 +1,52 @@
+"""RMSNorm of the hidden state, and of each head of q and k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.oracle.standin.place import Place
+
+ROLES = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "final_norm": "model.norm.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+}
+_OTHER = {"attn_norm": "ffn_norm", "ffn_norm": "attn_norm", "q_norm": "k_norm", "k_norm": "q_norm"}
+
+
+def rms_norm(here: Place, stage: str, x: Tensor) -> Tensor:
+    """The hidden state [S, D] normed."""
+    if here.fault(f"norm_missing/{stage}"):
+        return x
+    role = ROLES[_OTHER[stage]] if here.fault(f"norm_weight_other/{stage}") else ROLES[stage]
+    return _weighted(here, stage, _normed(here, stage, x, (-1,)), role)
+
+
+def head_norm(here: Place, stage: str, x: Tensor) -> Tensor:
+    """q or k [S, heads, h], each head normed by itself."""
+    if here.fault("head_norm_missing"):
+        return x
+    role = ROLES[_OTHER[stage]] if here.fault("head_norm_swapped") else ROLES[stage]
+    over = (-2, -1) if here.fault("head_norm_row") else (-1,)
+    return _weighted(here, stage, _normed(here, stage, x, over), role)
+
+
+def _normed(here: Place, stage: str, x: Tensor, over: tuple[int, ...]) -> Tensor:
+    """In float32, then rounded, as Hugging Face does it: the weight comes after."""
+    eps = float(here.argument(f"norm_eps/{stage}") or here.config.get("rms_norm_eps", 1e-6))
+    x = x.float()
+    if here.fault(f"layer_norm/{stage}"):
+        x = x - x.mean(over, keepdim=True)
+    return here.round(x * torch.rsqrt(x.square().mean(over, keepdim=True) + eps))
+
+
+def _weighted(here: Place, stage: str, normed: Tensor, role: str) -> Tensor:
+    if here.fault(f"norm_weight_missing/{stage}"):
+        return normed
+    weight = here.weight(role)
+    if here.fault(f"norm_one_plus_w/{stage}", *(["norm_one_plus_w/head_norm"] if normed.dim() == 3 else [])):
+        weight = weight + 1
+    return weight * normed

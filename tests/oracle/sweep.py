@@ -1,0 +1,137 @@
+"""Every fault of the catalogue planted in the stand-in engine, localized and explained: how often that is right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from oracle.explain import Cause, Explained, explain
+from tests.conftest import prompt
+from tests.oracle.standin import FAULTS, Planted, run, struck_stages, write
+from weights import Checkpoint, open_checkpoint
+from weights.tiny import tiny_config, write_random
+
+COUNT = 23
+LAYER = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One planted fault: which stages were struck and found, and what was said of each."""
+
+    fault: str
+    arch: str
+    dtype: str
+    layer: int | None
+    struck: set[str]
+    found: set[str]
+    causes: list[Cause]
+    planted: Planted
+
+    @property
+    def stage_right(self) -> bool:
+        """Exactly the struck stages."""
+        return self.struck == self.found
+
+    @property
+    def cause_right(self) -> bool:
+        """The cause at each struck stage, or for what has no name no name at all."""
+        return all(self.planted.cause in _names(c) for c in self.causes if c.stage in self.struck)
+
+    @property
+    def confident_and_wrong(self) -> bool:
+        """A cause was named, and it is not the one."""
+        return any(c.explanation and self.planted.cause not in _names(c) for c in self.causes)
+
+
+def _names(cause: Cause) -> set[str | None]:
+    """What is said: the hypothesis and those that are the same computation."""
+    return {cause.explanation.hypothesis, *cause.explanation.same} if cause.explanation else {None}
+
+
+class Models:
+    """Tiny checkpoints by architecture, changes and weights, made at first use."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._made: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], Checkpoint]] = {}
+
+    def get(self, arch: str, planted: Planted) -> tuple[dict[str, Any], dict[str, np.ndarray], Checkpoint]:
+        """config.json, tensors and the checkpoint."""
+        key = f"{arch} {sorted(planted.config.items(), key=str)} {planted.weights}"
+        if key not in self._made:
+            folder = self.root / str(len(self._made))
+            raw = tiny_config(arch, None, 4, **planted.config)
+            write_random(folder, raw, seed=3, dtype="float32")
+            weights = load_file(folder / "model.safetensors")
+            if planted.weights == "bfloat16":
+                weights = {name: w.astype(ml_dtypes.bfloat16).astype(np.float32) for name, w in weights.items()}
+                save_file(weights, folder / "model.safetensors")
+            self._made[key] = raw, weights, open_checkpoint(folder)
+        return self._made[key]
+
+
+def sweep(root: Path, arch: str, dtype: str, layer: int | None, names: list[str] | None = None) -> Iterator[Outcome]:
+    """All faults that this architecture can have, in one layer or (None) in all."""
+    models, tokens = Models(root), prompt(COUNT, 272)
+    for planted in FAULTS.values():
+        if arch not in planted.archs or dtype not in planted.dtypes or (names and planted.name not in names):
+            continue
+        raw, weights, checkpoint = models.get(arch, planted)
+        where = {layer} if planted.per_layer and layer is not None else None
+        trace = run(raw, weights, tokens, dtype, {planted.name: where})
+        with TemporaryDirectory(dir=root) as folder:
+            write(Path(folder), trace)
+            told: Explained = explain(checkpoint, folder, tokens, numerics=SHORT[dtype])
+        if where is None and planted.per_layer:
+            counts = Counter(stage for _, stage in trace if stage in planted.stages)
+            # One layer alone has no neighbour.
+            struck = {stage for stage, count in counts.items() if count > 1 or planted.cause != "weight_neighbour"}
+        else:
+            struck = {stage for _, stage in struck_stages(planted, trace, layer if planted.per_layer else None)}
+        found = {fault.stage for fault in told.found.faults}
+        yield Outcome(planted.name, arch, dtype, layer, struck, found, told.causes, planted)
+
+
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The confusion table: what was planted, what was said, and the rates."""
+    lines = []
+    for o in outcomes:
+        if not (o.stage_right and o.cause_right):
+            said = ", ".join(
+                f"{c.stage}: {c.explanation.hypothesis if c.explanation else None} ({c.hint})" for c in o.causes
+            )
+            lines.append(
+                f"{o.arch} {o.dtype} {o.layer} {o.fault}: stages {sorted(o.found)} for {sorted(o.struck)}; {said}"
+            )
+    total = len(outcomes)
+    stages, causes = (sum(getattr(o, name) for o in outcomes) for name in ("stage_right", "cause_right"))
+    wrong = sum(o.confident_and_wrong for o in outcomes)
+    lines.append(
+        f"{total} planted, stage right {stages / total:.1%}, cause right {causes / total:.1%}, wrong name {wrong}"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """`python -m tests.oracle.sweep [arch [dtype [layer [fault…]]]]`: print the table."""
+    import sys
+
+    arch, dtype, layer, *names = [*sys.argv[1:], *["qwen2", "float32", str(LAYER)][len(sys.argv) - 1 :]]
+    with TemporaryDirectory() as root:
+        print(table(list(sweep(Path(root), arch, dtype, None if layer == "all" else int(layer), names or None))))
+
+
+if __name__ == "__main__":
+    main()
