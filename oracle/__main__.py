@@ -51,14 +51,19 @@ def main() -> None:
 @click.option("--positions", help="The positions of TEST's rows, like 5,6, where its manifest does not say.")
 @click.option("--json", "as_json", is_flag=True, help="JSON records on stdout, one a line, the summary last.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit report for CI to this file.")
-def compare(as_json: bool, junit: Path | None, **options: Any) -> int:
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to look at: one file, no network needed.")
+def compare(as_json: bool, junit: Path | None, html: Path | None, **options: Any) -> int:
     """Compare the tree TEST with the tree REFERENCE, stage by stage.
 
     Exit 0: all agree. 1: something diverges. 2: wrong use, or stages are missing.
     """
-    from oracle import records, report
+    from oracle import page, records, report
 
+    if html is not None:
+        page.check_html(html)  # before anything long
     result = _compare(options)
+    if html is not None:
+        page.write_html(result, html)
     if junit is not None:
         records.write_junit(result, junit)
     if as_json:

@@ -8,8 +8,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jaxref.stages import STAGES
+from oracle.deviations import distance, drift
 from oracle.engine_tree import Value
-from oracle.localize import distance, drift
 from oracle.replay import Case, Replay, rows_at
 from oracle.variants import Switches, variant_of
 from weights.names import layer_rows

@@ -13,9 +13,11 @@ import numpy as np
 
 from oracle import hints
 from oracle.bench import Bench
-from oracle.hypotheses import Try, about
-from oracle.localize import DRIFT, Found, Local, localize
+from oracle.hypotheses import about
+from oracle.local import DRIFT, Found, Local
+from oracle.localize import localize
 from oracle.replay import INDICES, Case, Replay
+from oracle.tries import Try
 from weights import Checkpoint
 
 # A hypothesis must leave so many times less than what was wrong, and others so many times more than it.

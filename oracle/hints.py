@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from oracle.bench import Bench
-from oracle.localize import Local, visible
+from oracle.deviations import visible
+from oracle.local import Local
 
 HALF_MAX, HALF_TINY = 65504.0, 2.0**-14
 

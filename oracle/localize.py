@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,128 +12,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxref.model import Pieces, Place, Routing, decoder_layer
+from jaxref.model import Pieces, Place, Routing, decoder_layer, head_rows
 from jaxref.reader import Reader
 from jaxref.stages import STAGES, Key
 from oracle import routing
+from oracle.deviations import distance, drift, visible, worst
 from oracle.engine_tree import EngineTree, Value
+from oracle.floor import DRIFTING, MARGIN, ROPE, noise
+from oracle.local import Found, Local
 from oracle.measure import LAYOUT_GAIN
-from oracle.replay import EXACT, INDICES, Case, Replay, Unknown, Whole, rows_at
+from oracle.replay import EXACT, INDICES, Case, Replay, Unknown, Whole, narrowed, rows_at
 from oracle.trees import ordered
 from weights import Checkpoint, UserError
-
-# A stage is faulty where its local error is more than so many times what the engine's roundings make of it.
-MARGIN = 4.0
-# Spacing of what files hold. A float32 sum of n terms in any order is off by about √n of it.
-ULP = 2.0**-24
-SUMS = {
-    "qkv_matmul",
-    "attn_scores",
-    "attention",
-    "attn_out",
-    "ffn_gate",
-    "ffn_up",
-    "ffn_out",
-    "moe_router_logits",
-    "lm_head",
-}
-SUMS |= {
-    "moe_expert_gate",
-    "moe_expert_up",
-    "moe_expert_out",
-    "attn_norm",
-    "ffn_norm",
-    "final_norm",
-    "q_norm",
-    "k_norm",
-}
-ROPE = {"q_post_rope", "k_post_rope"}
-# Norms, whose whole rows a wrong eps scales: by less than half precision rounds one value, but all of them alike.
-DRIFTING = {"attn_norm", "ffn_norm", "final_norm"}
-DRIFT = 0.125  # of the floor
-
-
-@dataclass(frozen=True)
-class Local:
-    """One stage of one layer. `local` and `accumulated` are relative L2; `limit` what `local` may be.
-
-    `inherited` is the greatest accumulated error among its inputs; `drift` a scale that all rows share; `bad` counts
-    values that are NaN or infinite here alone; `wrong` describes a wrong choice of experts; `where` the worst token, head, channel or expert.
-    """
-
-    key: Key
-    local: float
-    floor: float
-    limit: float
-    accumulated: float | None = None
-    inherited: float | None = None
-    bad: int = 0
-    drift: float = 0.0
-    wrong: str | None = None
-    where: dict[str, Any] = field(default_factory=dict)
-    through: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def faulty(self) -> bool:
-        """Whether the stage itself is wrong."""
-        return self.bad > 0 or self.wrong is not None or not self.local <= self.limit or self.drifting
-
-    @property
-    def drifting(self) -> bool:
-        """Whether rows are scaled by less than rounding hides in one value, but all alike."""
-        return abs(self.drift) > DRIFT * self.floor
-
-    @property
-    def amplification(self) -> float | None:
-        """Accumulated error out over accumulated error in."""
-        return self.accumulated / self.inherited if self.accumulated is not None and self.inherited else None
-
-
-@dataclass(frozen=True)
-class Fault:
-    """The same stage wrong in some layers; `spared` are those where it was replayed and is right."""
-
-    stage: str
-    layers: tuple[int | None, ...]
-    spared: tuple[int | None, ...]
-    worst: Local
-
-
-@dataclass
-class Found:
-    """What `localize` found, in computation order."""
-
-    engine: EngineTree
-    numerics: str
-    locals: list[Local]
-    unknown: dict[Key, str]
-    notes: list[str]
-
-    @property
-    def faults(self) -> list[Fault]:
-        """Stages that are wrong, each once, in computation order."""
-        found = []
-        for stage in STAGES:
-            rows = [row for row in self.locals if row.key[1] == stage]
-            bad = [row for row in rows if row.faulty]
-            if bad:
-                worst = max(bad, key=lambda row: (row.bad, row.local if math.isfinite(row.local) else math.inf))
-                spared = tuple(row.key[0] for row in rows if not row.faulty)
-                found.append(Fault(stage, tuple(row.key[0] for row in bad), spared, worst))
-        first = {row.key: place for place, row in enumerate(self.locals)}
-        return sorted(found, key=lambda fault: first[fault.layers[0], fault.stage])
-
-    @property
-    def verdict(self) -> str:
-        """ "clean", "faulty" or "incomplete"."""
-        return "faulty" if any(row.faulty for row in self.locals) else "incomplete" if self.unknown else "clean"
-
-    @property
-    def exit_code(self) -> int:
-        """0 clean, 1 faulty, 2 incomplete."""
-        return {"clean": 0, "faulty": 1, "incomplete": 2}[self.verdict]
-
 
 Visit = Callable[[Replay, Case, Local, np.ndarray], None]  # is handed each faulty stage while its layer is loaded
 
@@ -190,7 +80,7 @@ class _Job:
                 progress(layer)
             if whole:
                 reader.forget()
-                self._whole([key for key in keys if key[0] is None])
+                self._whole([key for key in keys if key[0] is None], reader)
         notes = self.engine.notes + [f"{stage} lies head-major, and was read so" for stage in sorted(self._head_major)]
         return Found(self.engine, self.numerics, self.locals, self.unknown, notes)
 
@@ -250,7 +140,7 @@ class _Job:
             stage: np.concatenate(parts, axis=1 if stage.startswith("attn_s") else 0) for stage, parts in found.items()
         }
 
-    def _whole(self, keys: list[Key]) -> None:
+    def _whole(self, keys: list[Key], reader: Reader) -> None:
         checkpoint = self.engine.checkpoint
         norm = jnp.asarray(np.asarray(checkpoint.norm(), np.float64))
         self._enter(None, Whole(norm=norm))
@@ -263,22 +153,37 @@ class _Job:
         for key in (key for key in keys if key[1] == "final_norm"):
             self._stage(key, truth)
         if (None, "lm_head") in keys:
-            self._head(norm, truth)
+            self._head(norm, truth, reader)
 
-    def _head(self, norm: Any, truth: np.ndarray | None) -> None:
-        """The head is widened as a whole only in what is left of the memory; its rows are a matrix like others."""
-        checkpoint = self.engine.checkpoint
-        before = self.replay.value((None, "final_norm"))
-        head = jnp.asarray(np.asarray(checkpoint.tensor(checkpoint.head_name), np.float32))
-        self._enter(None, Whole(norm=norm, head=head))
-        self.replay.remember((None, "final_norm"), before)
-        logits = None
-        own = self.engine.value((None, "lm_head"))
-        if truth is not None and own is not None:
-            case = Case((None, "lm_head"), (truth[list(own.positions)],), own.positions, Whole(norm=norm, head=head))
-            logits = np.zeros((self.engine.count, self.engine.config.vocab_size))
-            logits[list(own.positions)] = self.replay.exact(case)
-        self._stage((None, "lm_head"), logits)
+    def _head(self, norm: Any, truth: np.ndarray | None, reader: Reader) -> None:
+        """The head in blocks of the vocabulary, each widened once for the engine's rows and for the truth's."""
+        key = (None, "lm_head")
+        before, own = self.replay.value((None, "final_norm")), self.engine.value(key)
+        if isinstance(before, Unknown) or own is None:
+            self.unknown[key] = before.reason if isinstance(before, Unknown) else "not readable"
+            return
+        at = tuple(p for p in own.positions if p in set(before.positions))
+        if not at:
+            self.unknown[key] = "no position in common with its inputs"
+            return
+        checkpoint, x = self.engine.checkpoint, rows_at(before, at, "final_norm")
+        both = x if truth is None else np.concatenate([x, truth[list(at)]])
+        case = Case(key, (x,), at, Whole(), through=before.through)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        views = checkpoint.head_blocks(head_rows(self.engine.config))
+        for block in reader.ahead(partial(reader.parameters, checkpoint.head_name, view) for view in views):
+            self._enter(None, Whole(head=block))
+            case = replace(case, params=Whole(head=block))
+            parts.append((self.replay.exact(replace(case, inputs=(both,))), self.replay.emulate(case)))
+        exact, emulated = (np.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True))
+        engine = rows_at(own, at, "lm_head")
+        row = self._judged(case, engine, exact[: len(at)], emulated, exact[len(at) :] if truth is not None else None)
+        if row.faulty:  # whoever looks into it needs the head as a whole
+            head = jnp.asarray(np.asarray(checkpoint.tensor(checkpoint.head_name), np.float64))
+            self._enter(None, Whole(norm=norm, head=head))
+            self.replay.remember((None, "final_norm"), before)
+            case = replace(case, params=Whole(norm=norm, head=head))
+        self._keep(row, case, engine)
 
     def _stage(self, key: Key, truth: np.ndarray | None) -> None:
         case = self.replay.case(key)
@@ -308,12 +213,13 @@ class _Job:
             )
             return
         engine = self._put_in_order(key, case, own, engine, exact)
-        self._keep(self._judged(case, engine, exact, truth), case, engine)
+        self._keep(self._judged(case, engine, exact, self.replay.emulate(case), truth), case, engine)
 
-    def _judged(self, case: Case, engine: np.ndarray, exact: np.ndarray, truth: np.ndarray | None) -> Local:
+    def _judged(
+        self, case: Case, engine: np.ndarray, exact: np.ndarray, emulated: np.ndarray, truth: np.ndarray | None
+    ) -> Local:
         """The stage's own error beside what rounding makes of it, and what it inherited."""
         key, at, stage = case.key, case.positions, case.stage
-        emulated = self.replay.emulate(case)
         floor = max(distance(stage, emulated, exact, at), self._noise(key, at))
         accumulated = None
         if truth is not None:
@@ -336,14 +242,10 @@ class _Job:
         return replace(row, where=worst(stage, engine, exact, at, self.engine.dims)) if row.faulty else row
 
     def _noise(self, key: Key, at: tuple[int, ...]) -> float:
-        """What another order of sums or another way to the angles does, whatever the emulation found."""
-        width = max(self.engine.dims[letter] for letter in "DFhHM") if key[1] in SUMS else 1
-        noise = ULP * math.sqrt(width)
-        if key[1] in ROPE:
-            noise += ULP * max(at)
-        if self.yardstick is not None and (own := self._yardstick_error(key)) is not None:
-            noise = max(noise, own)
-        return noise
+        """The least floor: other orders of sums, and what the yardstick shows."""
+        least = noise(key[1], max(at), self.engine.dims)
+        own = self._yardstick_error(key) if self.yardstick is not None else None
+        return least if own is None else max(least, own)
 
     def _yardstick_error(self, key: Key) -> float | None:
         assert self.yardstick is not None
@@ -385,81 +287,3 @@ def _collect(pieces: Pieces, found: dict[str, list[np.ndarray]]) -> Any:
         except StopIteration as end:
             return end.value
         found.setdefault(piece.stage, []).append(np.asarray(piece.value, np.float64))
-
-
-def narrowed(case: Case, at: tuple[int, ...]) -> Case:
-    """The case at fewer positions."""
-    if at == case.positions:
-        return case
-    from oracle.replay import WHOLE
-
-    place = [case.positions.index(p) for p in at]
-    inputs = []
-    for index, x in enumerate(case.inputs):
-        rows = (case.stage, index) not in WHOLE and not (case.stage == "attn_softmax" and index == 2)
-        axis = 1 if x.ndim == 3 and case.stage in ("attn_softmax", "attention") else 0
-        inputs.append(np.take(x, place, axis=axis) if rows else x)
-    experts = None if case.experts is None else case.experts[place]
-    return Case(case.key, tuple(inputs), at, case.params, experts, case.through)
-
-
-def visible(stage: str, x: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
-    """What is comparable: of the raw scores the causal triangle."""
-    if stage != "attn_scores":
-        return np.ones(x.shape, bool)
-    return np.broadcast_to(np.arange(x.shape[-1]) <= np.asarray(at)[:, None], x.shape)
-
-
-def distance(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...]) -> float:
-    """Relative L2 over what is comparable and finite in both; infinite for other shapes."""
-    if test.shape != exact.shape:
-        return math.inf
-    with np.errstate(all="ignore"):
-        keep = np.isfinite(test) & np.isfinite(exact) & visible(stage, exact, at)
-        difference = np.linalg.norm(np.where(keep, test - exact, 0.0))
-        size = np.linalg.norm(np.where(keep, exact, 0.0))
-    return float(difference / size) if size else (math.inf if difference else 0.0)
-
-
-def drift(test: np.ndarray, exact: np.ndarray) -> float:
-    """The scale between rows, less one: a mean over rows, in which the rounding of single values averages out."""
-    with np.errstate(all="ignore"):
-        rows = (test * exact).sum(axis=1) / np.square(exact).sum(axis=1) - 1
-    found = float(rows[np.isfinite(rows)].mean()) if np.isfinite(rows).any() else 0.0
-    # Few values do not average it out.
-    return found if test.size >= 1024 else 0.0
-
-
-def worst(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...], dims: Any) -> dict[str, Any]:
-    """Where the error lies: the worst token, head (or channel, or expert's rank), and how many of them are wrong."""
-    with np.errstate(all="ignore"):
-        keep = np.isfinite(exact) & visible(stage, exact, at)
-        d = np.where(keep, np.nan_to_num(test - exact, nan=np.inf, posinf=np.inf), 0.0)
-        r = np.where(keep, exact, 0.0)
-    axes = STAGES[stage].axes
-    if axes[0] == "H":
-        groups = {"token": (d.swapaxes(0, 1), r.swapaxes(0, 1)), "head": (d, r)}
-    else:
-        groups = {"token": (d, r)}
-        width = dims["h"] if axes[-1] in ("Hh", "Kh", "(H+2K)h") else 1
-        name = "head" if width > 1 else "rank" if len(axes) == 3 else "channel"
-        parts = [x.swapaxes(0, 1) if len(axes) == 3 else x.reshape(len(x), -1, width).swapaxes(0, 1) for x in (d, r)]
-        groups[name] = (parts[0], parts[1])
-    found: dict[str, Any] = {}
-    for name, (x, y) in groups.items():
-        errors = _group_errors(x, y)
-        place = int(errors.argmax())
-        found[name] = at[place] if name == "token" else place
-        found[f"{name}_rel_l2"] = float(errors[place])
-        # A group counts as wrong where it holds more than a hundredth of the worst one's error.
-        found[f"{name}s_wrong"] = int((errors > errors[place] / 100).sum())
-        found[f"{name}s"] = len(errors)
-    return found
-
-
-def _group_errors(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        flat = [np.linalg.norm(v.reshape(len(v), -1), axis=1) for v in (x, y)]
-        return np.nan_to_num(
-            flat[0] / np.maximum(flat[1], 1e-3 * np.linalg.norm(y) / math.sqrt(len(y)) + 1e-300), nan=np.inf
-        )

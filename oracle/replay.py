@@ -244,3 +244,17 @@ def rows_at(value: Value, positions: tuple[int, ...], stage: str) -> np.ndarray:
         1 if value.array.ndim == 3 and value.array.shape[1] == len(value.positions) and stage.startswith("att") else 0
     )
     return np.take(value.array, [place[p] for p in positions], axis=axis)
+
+
+def narrowed(case: Case, at: tuple[int, ...]) -> Case:
+    """The case at fewer positions."""
+    if at == case.positions:
+        return case
+    place = [case.positions.index(p) for p in at]
+    inputs = []
+    for index, x in enumerate(case.inputs):
+        rows = (case.stage, index) not in WHOLE and not (case.stage == "attn_softmax" and index == 2)
+        axis = 1 if x.ndim == 3 and case.stage in ("attn_softmax", "attention") else 0
+        inputs.append(np.take(x, place, axis=axis) if rows else x)
+    experts = None if case.experts is None else case.experts[place]
+    return Case(case.key, tuple(inputs), at, case.params, experts, case.through)

@@ -66,7 +66,7 @@ def _hanging(line: str, indent: int) -> Text:
 
 def _table(result: Result) -> Iterator[Text]:
     """One row a layer, one column a stage."""
-    cells = {c.key: _cell(c) for c in result.comparisons}
+    cells = {c.key: mark_of(c) for c in result.comparisons}
     cells |= {skip.key: ("?", "missing") for skip in result.missing if skip.key not in cells}
     stages = [name for name in STAGES if any(key[1] == name for key in cells)]
     yield Text("layer " + " ".join(SHORT.get(name, name[:2]) for name in stages), style="bold")
@@ -93,7 +93,7 @@ def _marks_of(cells: dict[Any, tuple[str, str]]) -> str:
     return ", ".join(words[status] for status in words if status in there or status == "diverge")
 
 
-def _cell(comparison: Comparison) -> tuple[str, str]:
+def mark_of(comparison: Comparison) -> tuple[str, str]:
     """A mark and its style: how many decimals agree, or what is wrong."""
     figures = comparison.test
     digits = "=" if figures.equal else str(max(0, min(9, _decimals(figures.relative_l2))))

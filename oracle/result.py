@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxref.stages import Key
+from oracle.layouts import in_words
 from oracle.metrics import Figures
-from oracle.trees import Tree
+from oracle.trees import Tree, path_of
 from oracle.verdict import Blame, Judgement, Rules
+from weights import UserError
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -71,3 +77,40 @@ class Result:
     def exit_code(self) -> int:
         """0 agree, 1 diverge, 2 incomplete."""
         return {"agree": 0, "diverge": 1, "incomplete": 2}[self.verdict]
+
+    def __repr__(self) -> str:
+        """One line; the figures of all stages would be thousands."""
+        first = f", first at {path_of(self.first.key)}" if self.first else ""
+        return f"Result({self.verdict}{first}: {len(self.comparisons)} stages compared, {len(self.missing)} missing)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, the map, and a sentence for a bug report."""
+        from oracle.page.compare import sheet_of
+        from oracle.page.render import fragment_of
+
+        return fragment_of(sheet_of(self))
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row a stage of a layer; the yardstick's figures begin with `hf_`. Raises `UserError` without pandas."""
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("to_dataframe needs pandas, which is not installed: pip install pandas") from None
+        from oracle.records import records
+
+        rows = [record for record in records(self) if record.pop("record") == "comparison"]
+        for row in rows:
+            row["coordinate"] = in_words(row["coordinate"])
+            row |= {f"hf_{name}": value for name, value in (row.pop("hf") or {}).items()}
+        return pandas.DataFrame(rows).astype({"layer": "Int64"})
+
+    def plot(self) -> Figure:
+        """The staircase: relative L2 over all stages, and what is allowed. Raises `UserError` without matplotlib."""
+        from oracle.page.compare import lines_of
+        from oracle.plots import need_matplotlib, staircase
+
+        need_matplotlib()
+        from matplotlib import pyplot
+
+        pyplot.close(pyplot.figure())  # a notebook shows figures only once pyplot has made one
+        return staircase(lines_of(self))

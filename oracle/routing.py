@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxref.stages import Key
+from oracle.local import Local
 
 if TYPE_CHECKING:
-    from oracle.localize import Local
     from oracle.replay import Case, Replay
 
 # How far apart two logits may be, relative to the greatest of them, for either to be chosen: by the engine's numerics.
@@ -18,8 +18,6 @@ TIE = {"float32": 2.0**-18, "float16": 2.0**-9, "bfloat16": 2.0**-6, "q8": 2.0**
 
 def judge(key: Key, case: Case, chosen: np.ndarray, replay: Replay, numerics: str) -> Local:
     """The ids [rows, A] of an engine beside the largest of its logits [rows, E]."""
-    from oracle.localize import Local
-
     logits = case.inputs[0]
     ids = np.asarray(chosen)
     count = replay.config.num_experts_per_tok

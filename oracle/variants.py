@@ -56,7 +56,7 @@ def qkv_bias(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """Rotation: `interleaved`, `theta`, `offset`, `sign`, `stretch`, `partial`, `scaling`, `magnitude`, `tables`, `skip`.
+    """RoPE: `interleaved`, `theta`, `offset`, `sign`, `stretch`, `partial`, `scaling`, `magnitude`, `tables`, `skip`.
 
     `raw` are rows to rotate instead, and `after` is applied to what was rotated [S, heads, h].
     """

@@ -1,0 +1,72 @@
+"""How far a stage is from what it should be, and where: over what is comparable and finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxref.stages import STAGES
+
+
+def visible(stage: str, x: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
+    """What is comparable: of the raw scores the causal triangle."""
+    if stage != "attn_scores":
+        return np.ones(x.shape, bool)
+    return np.broadcast_to(np.arange(x.shape[-1]) <= np.asarray(at)[:, None], x.shape)
+
+
+def distance(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...]) -> float:
+    """Relative L2 over what is comparable and finite in both; infinite for other shapes."""
+    if test.shape != exact.shape:
+        return math.inf
+    with np.errstate(all="ignore"):
+        keep = np.isfinite(test) & np.isfinite(exact) & visible(stage, exact, at)
+        difference = np.linalg.norm(np.where(keep, test - exact, 0.0))
+        size = np.linalg.norm(np.where(keep, exact, 0.0))
+    return float(difference / size) if size else (math.inf if difference else 0.0)
+
+
+def drift(test: np.ndarray, exact: np.ndarray) -> float:
+    """The scale between rows, less one: a mean over rows, in which the rounding of single values averages out."""
+    with np.errstate(all="ignore"):
+        rows = (test * exact).sum(axis=1) / np.square(exact).sum(axis=1) - 1
+    found = float(rows[np.isfinite(rows)].mean()) if np.isfinite(rows).any() else 0.0
+    # Few values do not average it out.
+    return found if test.size >= 1024 else 0.0
+
+
+def worst(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...], dims: Any) -> dict[str, Any]:
+    """Where the error lies: the worst token, head (or channel, or expert's rank), and how many of them are wrong."""
+    with np.errstate(all="ignore"):
+        keep = np.isfinite(exact) & visible(stage, exact, at)
+        d = np.where(keep, np.nan_to_num(test - exact, nan=np.inf, posinf=np.inf), 0.0)
+        r = np.where(keep, exact, 0.0)
+    axes = STAGES[stage].axes
+    if axes[0] == "H":
+        groups = {"token": (d.swapaxes(0, 1), r.swapaxes(0, 1)), "head": (d, r)}
+    else:
+        groups = {"token": (d, r)}
+        width = dims["h"] if axes[-1] in ("Hh", "Kh", "(H+2K)h") else 1
+        name = "head" if width > 1 else "rank" if len(axes) == 3 else "channel"
+        parts = [x.swapaxes(0, 1) if len(axes) == 3 else x.reshape(len(x), -1, width).swapaxes(0, 1) for x in (d, r)]
+        groups[name] = (parts[0], parts[1])
+    found: dict[str, Any] = {}
+    for name, (x, y) in groups.items():
+        errors = _group_errors(x, y)
+        place = int(errors.argmax())
+        found[name] = at[place] if name == "token" else place
+        found[f"{name}_rel_l2"] = float(errors[place])
+        # A group counts as wrong where it holds more than a hundredth of the worst one's error.
+        found[f"{name}s_wrong"] = int((errors > errors[place] / 100).sum())
+        found[f"{name}s"] = len(errors)
+    return found
+
+
+def _group_errors(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        flat = [np.linalg.norm(v.reshape(len(v), -1), axis=1) for v in (x, y)]
+        return np.nan_to_num(
+            flat[0] / np.maximum(flat[1], 1e-3 * np.linalg.norm(y) / math.sqrt(len(y)) + 1e-300), nan=np.inf
+        )

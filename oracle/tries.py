@@ -1,0 +1,348 @@
+"""How each hypothesis is tried: its variants for one stage, with the parameters that they find out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from oracle import fits
+from oracle.bench import Bench, Get, Pick
+from oracle.variants import Switches
+
+
+@dataclass(frozen=True)
+class Try:
+    """One variant of a hypothesis: its parameter, the switches, and how a person says it."""
+
+    parameter: Any
+    switches: Switches
+    words: str
+
+
+Tries = Callable[[Bench], Iterable[Try]]
+
+
+def switch(words: str, parameter: Any = None, **switches: Any) -> Tries:
+    """A hypothesis without anything to find out."""
+    return lambda bench: (Try(parameter, switches, words),)
+
+
+def each(words: str, name: str, *values: Any) -> Tries:
+    """One switch with several values; `{}` in the words is the value."""
+    return lambda bench: (Try(value, {name: value}, words.format(value)) for value in values)
+
+
+# --- norms
+
+_OTHER = {
+    "attn_norm": "post_attention_layernorm",
+    "ffn_norm": "input_layernorm",
+    "q_norm": "k_norm",
+    "k_norm": "q_norm",
+}
+
+
+def eps(bench: Bench) -> Iterator[Try]:
+    """Another eps: those that people use, and a fitted one."""
+    for eps in fits.epsilons(bench):
+        yield Try(eps, {"eps": eps}, f"eps = {eps:g} (the config says {bench.settings['eps']:g})")
+
+
+def other_norm(bench: Bench) -> Iterator[Try]:
+    """The weight of the layer's other norm, or of the other head norm."""
+    field = _OTHER[bench.stage]
+    yield Try(field, {"w": {bench.row.params[0]: lambda get: get(field)}}, f"the weight of {field} in its place")
+
+
+def neighbour(bench: Bench) -> Iterator[Try]:
+    """A weight of another layer, the nearest ones first."""
+    if bench.layer is None:
+        return
+    count = bench.config.num_hidden_layers
+    for layer in dict.fromkeys((bench.layer + 1, bench.layer - 1, 0, count - 1, *range(min(count, 8)))):
+        if not 0 <= layer < count or layer == bench.layer:
+            continue
+        for field in bench.row.params:
+            if bench.has(field, layer):
+                pick: Pick = lambda get, field=field, layer=layer: get(field, layer)  # noqa: E731
+                yield Try(field, {"w": {field: pick}}, f"{field} of layer {layer} in place of layer {bench.layer}")
+
+
+# --- projections
+
+
+def order(bench: Bench) -> Iterator[Try]:
+    """The matrices of q, k and v in another order, where their shapes allow it."""
+    for order in ("qvk", "kqv", "kvq", "vqk", "vkq"):
+        yield Try(order, {"order": order}, f"q, k and v are computed with the matrices of {', '.join(order)}")
+
+
+def bias(bench: Bench, times: int) -> Iterator[Try]:
+    """The bias of some parts, added `times` times."""
+    for parts in ("qkv", "q", "k", "v", "qk", "qv"):
+        words = f"the bias of {', '.join(parts)} is {'missing' if times == 0 else 'added twice'}"
+        yield Try(parts, {"times": dict.fromkeys(parts, times)}, words)
+
+
+def transposed(bench: Bench) -> Iterator[Try]:
+    """The buffer of a matrix read as [in, out]."""
+    for field in bench.row.params:
+        pick: Pick = lambda get, field=field: (m := get(field)).reshape(m.shape[::-1]).T  # noqa: E731
+        yield Try(field, {"w": {field: pick}}, f"{field} is read as [in, out], its rows as columns")
+
+
+def bits(bench: Bench) -> Iterator[Try]:
+    """The bfloat16 values of a matrix read as float16."""
+
+    def misread(matrix: np.ndarray) -> np.ndarray:
+        bits = matrix.astype(np.float32).view(np.uint32) >> 16
+        return bits.astype(np.uint16).view(np.float16).astype(np.float64)
+
+    for field in bench.row.params:
+        pick: Pick = lambda get, field=field: misread(get(field))  # noqa: E731
+        yield Try(field, {"w": {field: pick}}, f"the bfloat16 values of {field} are read as float16")
+
+
+def permuted(bench: Bench) -> Iterator[Try]:
+    """Rows of each head taken in turns from its halves (as for Llama), the other way round, or heads exchanged."""
+    h, fields = bench.config.head_dim, bench.row.params
+    for field in (f for f in fields if f in ("q_proj", "k_proj")):
+        for words, shape in (("turns", (-1, 2, h // 2)), ("halves", (-1, h // 2, 2))):
+
+            def pick(get: Get, field: str = field, shape: tuple[int, int, int] = shape) -> np.ndarray:
+                matrix = get(field)
+                return matrix.reshape(*shape, matrix.shape[-1]).swapaxes(1, 2).reshape(matrix.shape)
+
+            yield Try(
+                field, {"w": {field: pick}}, f"the rows of each head of {field} lie in {words}, as in Llama's GGUF"
+            )
+    for field, order in fits.head_orders(bench):
+
+        def heads(get: Get, field: str = field, order: np.ndarray = order) -> np.ndarray:
+            matrix = get(field)
+            return matrix.reshape(len(order), -1, matrix.shape[-1])[order].reshape(matrix.shape)
+
+        moved = [int(i) for i in np.flatnonzero(order != np.arange(len(order)))]
+        yield Try(field, {"w": {field: heads}}, f"heads {moved} of {field} stand in another order: {order.tolist()}")
+
+
+def exchanged(pairs: dict[str, str]) -> Tries:
+    """Another matrix of the same layer or expert in its place."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        (field,) = bench.row.params
+        other = pairs[field]
+        yield Try(None, {"w": {field: lambda get: get(other)}}, f"{other} in place of {field}")
+
+    return tries
+
+
+def head_order(bench: Bench) -> Iterator[Try]:
+    """Heads in another order before the output projection."""
+    x, h = bench.x[0], bench.config.head_dim
+    by_head = x.reshape(len(x), -1, h)
+    turned = {"reversed": by_head[:, ::-1], "transposed": by_head.swapaxes(1, 2)}
+    K = bench.config.num_key_value_heads
+    turned["kv-major"] = by_head.reshape(len(x), K, -1, h).swapaxes(1, 2)
+    for name, value in turned.items():
+        yield Try(name, {"x": {0: value.reshape(x.shape)}}, f"o_proj reads the heads {name}")
+
+
+def same_for_all(bench: Bench) -> Iterator[Try]:
+    """One vector added at every token."""
+    plus = fits.common_offset(bench)
+    if plus is not None:
+        yield Try(None, {"plus": plus}, "the same vector is added at every token, as a bias would be")
+
+
+# --- RoPE
+
+
+def theta(bench: Bench) -> Iterator[Try]:
+    """Another rope_theta: those that people use, and a fitted one."""
+    for theta in fits.thetas(bench):
+        yield Try(
+            theta, {"theta": theta}, f"rope_theta = {theta:.10g} (the config says {bench.settings['theta']:.10g})"
+        )
+
+
+def stretch(bench: Bench) -> Iterator[Try]:
+    """Positions divided by a fitted factor."""
+    for factor in fits.stretches(bench):
+        yield Try(factor, {"stretch": factor}, f"positions are divided by {factor:.6g} (linear scaling)")
+
+
+def yarn(doubled: bool) -> Tries:
+    """YaRN missing or applied twice, as a whole or by its halves."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        scaling = bench.settings["scaling"]
+        if scaling is None or scaling.rope_type != "yarn":
+            return
+        plain, turned = fits.frequencies(bench, None), fits.frequencies(bench, scaling)
+        twice, magnitude = turned * turned / plain, scaling.attention_factor
+        if not doubled:
+            yield Try(None, {"scaling": None}, "YaRN is not applied")
+            yield Try("frequencies", {"frequencies": plain}, "YaRN's frequencies are not applied")
+            yield Try("attention_factor", {"magnitude": 1.0}, "YaRN's attention factor is not applied")
+            return
+        yield Try(None, {"frequencies": twice, "magnitude": magnitude**2}, "YaRN is applied twice")
+        yield Try("frequencies", {"frequencies": twice}, "YaRN's frequencies are applied twice")
+        yield Try("attention_factor", {"magnitude": magnitude**2}, "YaRN's attention factor is applied twice")
+
+    return tries
+
+
+def before_norm(bench: Bench) -> Iterator[Try]:
+    """RoPE before the norm of heads."""
+    part = bench.stage[0]
+    config, field = bench.config, f"{part}_norm"
+    raw = bench.value("qkv_bias" if config.qkv_bias else "qkv_matmul") if config.qk_norm else None
+    if raw is None:
+        return
+    weight, eps = bench.tensor(field), config.rms_norm_eps
+
+    def after(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * weight
+
+    start = 0 if part == "q" else config.q_width
+    yield Try(None, {"raw": raw, "raw_start": start, "after": after}, "it is rotated before the head norm, not after")
+
+
+# --- attention
+
+
+def scales(bench: Bench) -> dict[str, tuple[float, str]]:
+    """The scales that engines use in place of 1/√h, and how to say it."""
+    config = bench.config
+    H, h = config.num_attention_heads, config.head_dim
+    return {
+        "scores_unscaled": (1.0, "the scores are not divided by √h"),
+        "scores_model_dim": (
+            (config.hidden_size / H) ** -0.5,
+            f"they are scaled by 1/√(D/H), D/H = {config.hidden_size / H:g}",
+        ),
+        "scores_head_dim": (1.0 / h, "they are scaled by 1/h, not 1/√h"),
+    }
+
+
+def scale(name: str) -> Tries:
+    """One of `scales`."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        scale, words = scales(bench)[name]
+        if scale != bench.config.head_dim**-0.5:
+            yield Try(None, {"scale": scale}, words)
+
+    return tries
+
+
+def kv_map(kind: str) -> Tries:
+    """Another kv head for each query head."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        H, K = bench.config.num_attention_heads, bench.config.num_key_value_heads
+        head, group = np.arange(H), np.arange(H) // (H // K)
+        maps = {"modulo": (head % K, "h % K"), "reversed": (K - 1 - group, "K-1-h//G"), "first": (0 * head, "always 0")}
+        kv_map, words = maps[kind]
+        if not np.array_equal(kv_map, group):
+            yield Try(kind, {"kv_map": kv_map}, f"query head h reads kv head {words}, not h // G")
+
+    return tries
+
+
+def window(bench: Bench) -> Iterator[Try]:
+    """No sliding window, or one as long as the engine shows."""
+    if bench.settings["window"] is not None:
+        yield Try("none", {"window": None}, f"no sliding window (the config says {bench.settings['window']})")
+    for window in fits.windows(bench):
+        yield Try(
+            window, {"window": window}, f"a sliding window of {window} (the config says {bench.settings['window']})"
+        )
+
+
+# --- residuals, activations
+
+
+def normed(bench: Bench) -> Iterator[Try]:
+    """The branch added to the normed state."""
+    normed = bench.value("attn_norm" if bench.stage == "post_attn_residual" else "ffn_norm")
+    if normed is not None:
+        yield Try(None, {"x": {0: normed}}, "the branch is added to the normed state, not to the hidden one")
+
+
+def on_product(bench: Bench) -> Iterator[Try]:
+    """The activation of the product in place of the gate."""
+    switches = {"on_product": True}
+    if bench.stage == "ffn_swigl":
+        gate = bench.value("ffn_gate")
+        if gate is None:
+            return
+        switches = {"gate": gate}
+    yield Try(None, switches, "silu(gate·up) in place of silu(gate)·up")
+
+
+# --- experts, embedding, head
+
+
+def renormalise(wanted: bool) -> Tries:
+    """Weights of experts made to sum to one, or not."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        if bench.settings["renormalise"] is not wanted:
+            words = "they are renormalised, norm_topk_prob is false" if wanted else "they are not renormalised"
+            yield Try(None, {"renormalise": wanted}, words)
+
+    return tries
+
+
+def count(bench: Bench) -> Iterator[Try]:
+    """As many experts a token as the engine wrote."""
+    count = bench.engine.shape[1]
+    if count != bench.settings["count"]:
+        yield Try(
+            count, {"count": count}, f"{count} experts a token (num_experts_per_tok is {bench.settings['count']})"
+        )
+
+
+def lost(bench: Bench) -> Iterator[Try]:
+    """One rank left out of the sum."""
+    for rank in range(bench.config.num_experts_per_tok):
+        yield Try(rank, {"lost": rank}, f"the output of the expert of rank {rank} is not added")
+
+
+def times(bench: Bench) -> Iterator[Try]:
+    """A fitted factor."""
+    for factor in fits.factors(bench):
+        yield Try(factor, {"times": factor}, f"multiplied by {factor:.6g}")
+
+
+def shifted(bench: Bench) -> Iterator[Try]:
+    """Rows of the embedding off by one."""
+    tokens, size = np.asarray(bench.replay.engine.tokens), bench.config.vocab_size
+    for step in (1, -1):
+        rows = bench.replay.engine.checkpoint.embedding_rows((tokens[list(bench.case.positions)] + step) % size)
+        yield Try(step, {"rows": np.asarray(rows, np.float64)}, f"the row of token id {step:+d} is taken")
+
+
+def tied(bench: Bench) -> Iterator[Try]:
+    """The embedding as the head."""
+    if not bench.config.tie_word_embeddings:
+        words = "the embedding is used as the head, and the model has a head of its own"
+        yield Try(None, {"w": {"head": lambda get: get("embed_tokens")}}, words)
+
+
+def unnormed(bench: Bench) -> Iterator[Try]:
+    """The head without the final norm."""
+    hidden = bench.value("post_ffn_residual", bench.config.num_hidden_layers - 1)
+    if hidden is not None:
+        yield Try(None, {"x": {0: hidden}}, "the head reads the hidden state without the final norm")
+
+
+def shift_experts(bench: Bench) -> Iterator[Try]:
+    """Experts off by one."""
+    for shift in (1, -1):
+        yield Try(shift, {"shift": shift}, f"the expert with id {shift:+d} is run")
