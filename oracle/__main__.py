@@ -10,6 +10,7 @@ import click
 
 from jaxref.command import run_dump
 from jaxref.options import run_options
+from oracle.replay_command import replay_options, run_replay
 from weights import UserError
 from weights.cli import run
 
@@ -97,6 +98,28 @@ def _positions(text: str | None) -> tuple[int, ...] | None:
     if len(set(positions)) < len(positions):
         raise UserError(f"positions {text!r}: one of them is there twice")
     return positions
+
+
+@main.command()
+@replay_options
+def localize(**options: Any) -> int:
+    """Find every stage that ENGINE_TREE computes wrongly from its own inputs, whatever it inherited.
+
+    MODEL is the checkpoint that the engine ran. Exit 0: clean. 1: faulty. 2: wrong use, or stages cannot be replayed.
+    """
+    options["positions"] = _positions(options["positions"])
+    return run_replay(options, explained=False)
+
+
+@main.command()
+@replay_options
+def explain(**options: Any) -> int:
+    """As `localize`, and say why: hypotheses are tried on ENGINE_TREE's own tensors.
+
+    One is named only where it alone leaves nothing but rounding. Exit codes are those of `localize`.
+    """
+    options["positions"] = _positions(options["positions"])
+    return run_replay(options, explained=True)
 
 
 @main.command()

@@ -37,8 +37,10 @@ def drift(test: np.ndarray, exact: np.ndarray) -> float:
     return found if test.size >= 1024 else 0.0
 
 
-def worst(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...], dims: Any) -> dict[str, Any]:
-    """Where the error lies: the worst token, head (or channel, or expert's rank), and how many of them are wrong."""
+def worst(
+    stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...], dims: Any, limit: float
+) -> dict[str, Any]:
+    """Where the error lies: the worst token, head (or channel, or expert's rank), and how many are beyond the limit."""
     with np.errstate(all="ignore"):
         keep = np.isfinite(exact) & visible(stage, exact, at)
         d = np.where(keep, np.nan_to_num(test - exact, nan=np.inf, posinf=np.inf), 0.0)
@@ -58,8 +60,7 @@ def worst(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...], 
         place = int(errors.argmax())
         found[name] = at[place] if name == "token" else place
         found[f"{name}_rel_l2"] = float(errors[place])
-        # A group counts as wrong where it holds more than a hundredth of the worst one's error.
-        found[f"{name}s_wrong"] = int((errors > errors[place] / 100).sum())
+        found[f"{name}s_wrong"] = max(1, int((errors > max(limit, errors[place] / 100)).sum()))
         found[f"{name}s"] = len(errors)
     return found
 

@@ -22,8 +22,8 @@ from weights import Checkpoint
 
 # A hypothesis must leave so many times less than what was wrong, and others so many times more than it.
 GAIN, AHEAD = 4.0, 4.0
-# Two at once are tried among so many of the best ones each.
-PAIRED = 6
+# Of one hypothesis' parameters, one that is no more than so much worse may be the rounder one.
+ALIKE = 1.15
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class _Scored:
     tried: Try
     error: float
     generic: bool
+    place: int = 0  # among all that were tried: round parameters come before exact ones
     same: tuple[str, ...] = ()
 
 
@@ -126,9 +127,9 @@ def _best(bench: Bench, row: Local) -> _Scored | None:
 
 
 def _scores(bench: Bench) -> Iterator[_Scored]:
-    for hypothesis in about(bench.stage):
-        for tried in hypothesis.tries(bench):
-            yield _Scored(hypothesis.name, tried, bench.error(tried.switches), hypothesis.generic)
+    everything = ((row, tried) for row in about(bench.stage) for tried in row.tries(bench))
+    for place, (row, tried) in enumerate(everything):
+        yield _Scored(row.name, tried, bench.error(tried.switches), row.generic, place)
 
 
 def _fits(error: float, row: Local) -> bool:
@@ -150,7 +151,15 @@ def _winner(bench: Bench, scored: list[_Scored], row: Local) -> _Scored | None:
         if not _equal(bench, best.tried, other.tried):
             return None
         same.append(other.name)
-    return replace(best, same=tuple(dict.fromkeys(same)))
+    alike = [each for each in chosen if each.name == best.name and _alike(each, best)]
+    return replace(min(alike, key=lambda each: each.place), same=tuple(dict.fromkeys(same)))
+
+
+def _alike(other: _Scored, best: _Scored) -> bool:
+    """Whether it is as good, or fits with nearly the same number: what is left then is the engine's way to it."""
+    ours, theirs = other.tried.parameter, best.tried.parameter
+    near = isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-4)
+    return near or other.error <= ALIKE * best.error
 
 
 def _equal(bench: Bench, first: Try, second: Try) -> bool:

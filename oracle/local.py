@@ -9,6 +9,8 @@ from typing import Any
 from jaxref.stages import STAGES, Key
 from oracle.engine_tree import EngineTree
 
+# Why the embedding is left out of a tree that does not say its tokens; the rest is replayed all the same.
+NO_TOKENS = "the token ids are not known (--tokens or --prompt)"
 # How much of the floor a scale may be that all rows share.
 DRIFT = 0.125
 
@@ -88,7 +90,9 @@ class Found:
     @property
     def verdict(self) -> str:
         """ "clean", "faulty" or "incomplete"."""
-        return "faulty" if any(row.faulty for row in self.locals) else "incomplete" if self.unknown else "clean"
+        if any(row.faulty for row in self.locals):
+            return "faulty"
+        return "incomplete" if any(reason != NO_TOKENS for reason in self.unknown.values()) else "clean"
 
     @property
     def exit_code(self) -> int:

@@ -19,7 +19,7 @@ from oracle import routing
 from oracle.deviations import distance, drift, visible, worst
 from oracle.engine_tree import EngineTree, Value
 from oracle.floor import DRIFTING, MARGIN, ROPE, noise
-from oracle.local import Found, Local
+from oracle.local import NO_TOKENS, Found, Local
 from oracle.measure import LAYOUT_GAIN
 from oracle.replay import EXACT, INDICES, Case, Replay, Unknown, Whole, narrowed, rows_at
 from oracle.trees import ordered
@@ -110,7 +110,7 @@ class _Job:
         tokens = self.engine.tokens
         if tokens is None:
             for key in keys:
-                self.unknown[key] = "the token ids are not known (--tokens or --prompt)"
+                self.unknown[key] = NO_TOKENS
             return
         rows = np.asarray(self.engine.checkpoint.embedding_rows(np.asarray(tokens)), np.float64)
         case = Case(
@@ -168,15 +168,18 @@ class _Job:
             return
         checkpoint, x = self.engine.checkpoint, rows_at(before, at, "final_norm")
         both = x if truth is None else np.concatenate([x, truth[list(at)]])
+        engine = rows_at(own, at, "lm_head")
         case = Case(key, (x,), at, Whole(), through=before.through)
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         views = checkpoint.head_blocks(head_rows(self.engine.config))
         for block in reader.ahead(partial(reader.parameters, checkpoint.head_name, view) for view in views):
             self._enter(None, Whole(head=block))
             case = replace(case, params=Whole(head=block))
-            parts.append((self.replay.exact(replace(case, inputs=(both,))), self.replay.emulate(case)))
+            found = self.replay.exact(replace(case, inputs=(both,)))
+            start = sum(part.shape[1] for part, _ in parts)
+            rows = engine[:, start : start + found.shape[1]]
+            parts.append((found, self._emulated(case, rows, found[: len(at)])))
         exact, emulated = (np.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True))
-        engine = rows_at(own, at, "lm_head")
         row = self._judged(case, engine, exact[: len(at)], emulated, exact[len(at) :] if truth is not None else None)
         if row.faulty:  # whoever looks into it needs the head as a whole
             head = jnp.asarray(np.asarray(checkpoint.tensor(checkpoint.head_name), np.float64))
@@ -213,14 +216,21 @@ class _Job:
             )
             return
         engine = self._put_in_order(key, case, own, engine, exact)
-        self._keep(self._judged(case, engine, exact, self.replay.emulate(case), truth), case, engine)
+        self._keep(self._judged(case, engine, exact, self._emulated(case, engine, exact), truth), case, engine)
+
+    def _emulated(self, case: Case, engine: np.ndarray, exact: np.ndarray) -> np.ndarray:
+        """The stage with the engine's roundings; not computed where the order of sums alone explains the error."""
+        least = noise(case.stage, max(case.positions), self.engine.dims)
+        fine = distance(case.stage, engine, exact, case.positions) <= MARGIN * least and np.isfinite(engine).all()
+        return exact if fine else self.replay.emulate(case)
 
     def _judged(
         self, case: Case, engine: np.ndarray, exact: np.ndarray, emulated: np.ndarray, truth: np.ndarray | None
     ) -> Local:
         """The stage's own error beside what rounding makes of it, and what it inherited."""
         key, at, stage = case.key, case.positions, case.stage
-        floor = max(distance(stage, emulated, exact, at), self._noise(key, at))
+        # Stages that the tree lacks are computed exactly, and the engine rounded at each of them.
+        floor = max(distance(stage, emulated, exact, at), self._noise(key, at)) * (1 + len(case.through))
         accumulated = None
         if truth is not None:
             rows = truth if truth.shape == exact.shape else np.take(truth, list(at), axis=STAGES[stage].row_axis)
@@ -239,7 +249,7 @@ class _Job:
             drift=drift(engine, emulated) if stage in DRIFTING and self.numerics == "float16" else 0.0,
             through=case.through,
         )
-        return replace(row, where=worst(stage, engine, exact, at, self.engine.dims)) if row.faulty else row
+        return replace(row, where=worst(stage, engine, exact, at, self.engine.dims, row.limit)) if row.faulty else row
 
     def _noise(self, key: Key, at: tuple[int, ...]) -> float:
         """The least floor: other orders of sums, and what the yardstick shows."""

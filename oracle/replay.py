@@ -14,6 +14,7 @@ from jaxref.activations import Weight, activation_of
 from jaxref.precision import NUMERICS, Numerics
 from jaxref.stages import POSITIONS, STAGES, TOKENS, Key
 from oracle.engine_tree import EngineTree, Value
+from oracle.local import NO_TOKENS
 from oracle.trees import path_of
 from weights import Expert
 from weights.params import expert_names, layer_names
@@ -107,7 +108,7 @@ class Replay:
         for name in names:
             if isinstance(name, str):
                 if name == TOKENS and self.engine.tokens is None:
-                    return Unknown("the token ids are not known (--tokens or --prompt)")
+                    return Unknown(NO_TOKENS)
                 values.append(name)
                 continue
             value = self.value(name)

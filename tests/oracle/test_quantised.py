@@ -15,6 +15,8 @@ from gguf import GGMLQuantizationType, quants
 
 from jaxref.activations import activation_of, coarsest_activation, round_activations
 from oracle import assert_parity, compare
+from oracle.explain import explain
+from oracle.localize import localize
 from oracle.report import as_text
 from tests.conftest import prompt
 from tests.gguf_writer import encoded_by_ggml, write_gguf
@@ -154,3 +156,26 @@ def test_the_yardstick_must_round_as_the_engine(gguf, tmp_path: Path) -> None:
     dump(file, tmp_path / "engine", TOKENS, stages="attn_norm")
     with pytest.raises(UserError, match="--activations stored"):
         compare(tmp_path / "truth", tmp_path / "engine", tmp_path / "exact")
+
+
+@needs_llama
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe"])
+def test_localize_finds_nothing_in_a_clean_engine(gguf, tmp_path: Path, arch: str, kind: str) -> None:
+    file = gguf(arch, kind)
+    dump(file, tmp_path / "engine", TOKENS, positions="all")
+    found = localize(open_checkpoint(file), tmp_path / "engine")
+    assert found.numerics == ("float32" if kind == "F32" else "q8")
+    assert found.verdict == "clean", [(row.key, row.local, row.floor) for row in found.locals if row.faulty]
+
+
+@needs_llama
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_the_engines_theta_is_named_with_its_value(gguf, tmp_path: Path, kind: str) -> None:
+    file = gguf("qwen2", kind)
+    dump(file, tmp_path / "engine", TOKENS, rope_freq_base=10000.0)
+    told = explain(open_checkpoint(file), tmp_path / "engine")
+    assert {cause.stage for cause in told.causes} == {"q_post_rope", "k_post_rope"}
+    for cause in told.causes:
+        assert cause.layers == (0, 1, 2) and cause.explanation is not None
+        assert (cause.explanation.hypothesis, cause.explanation.parameter) == ("rope_theta", 10000.0)

@@ -1,0 +1,199 @@
+"""What a person and a machine read of `localize` and `explain`: a map, the faults, JSON records, one sentence."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxref.stages import STAGES
+from oracle.explain import Cause, Explained
+from oracle.floor import MARGIN
+from oracle.local import Fault, Found, Local
+from oracle.metrics import jsonable
+from oracle.report import SHORT, WIDTH
+from oracle.trees import path_of
+
+SCHEMA = "jaxref-localize-v1"
+
+
+def print_told(told: Explained) -> None:
+    """The map, a block a fault, and the sentence, at 80 columns or as wide as the terminal is."""
+    out = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    found = told.found
+    out.print(Text(f"engine {found.engine.tree.folder}, replayed in float64; its numerics: {found.numerics}"))
+    out.print()
+    for line in _map(found):
+        out.print(line, soft_wrap=True)
+    _wrapped(out, _legend(found), 0)
+    out.print()
+    for fault in found.faults:
+        for line in _block(fault, found, [cause for cause in told.causes if cause.stage == fault.stage]):
+            _wrapped(out, line, 12)
+    for line in _rest(found):
+        _wrapped(out, line, 2)
+    _wrapped(out, sentence(told), 2)
+
+
+def _wrapped(out: Console, line: str, indent: int) -> None:
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    words = textwrap.wrap(line, out.width, subsequent_indent=" " * indent, **options)
+    out.print(Text("\n".join(words), overflow="ignore", no_wrap=True))
+
+
+def _map(found: Found) -> Iterator[Text]:
+    """One row a layer, one column a stage."""
+    rows = {row.key: row for row in found.locals}
+    stages = [name for name in STAGES if any(key[1] == name for key in (*rows, *found.unknown))]
+    yield Text("layer " + " ".join(SHORT.get(name, name[:2]) for name in stages), style="bold")
+    for layer in sorted({key[0] for key in (*rows, *found.unknown)}, key=lambda n: (n is None, n or 0)):
+        line = Text(f"{'model' if layer is None else layer:>5} ")
+        for name in stages:
+            key = (layer, name)
+            mark, style = _mark(rows[key]) if key in rows else ("?", "yellow") if key in found.unknown else ("", "")
+            line.append(f"{mark:>2} ", style=style)
+        line.rstrip()
+        yield line
+    yield Text()
+
+
+def _legend(found: Found) -> str:
+    there = {key[1] for key in (*(row.key for row in found.locals), *found.unknown)}
+    stages = ", ".join(f"{SHORT.get(name, name[:2])} {name}" for name in STAGES if name in there)
+    return f".: what its inputs give, ~: the same through missing stages, X: faulty, ?: not replayed. {stages}."
+
+
+def _mark(row: Local) -> tuple[str, str]:
+    if row.faulty:
+        return "X", "bold red"
+    return ("~", "cyan") if row.through else (".", "green")
+
+
+def layers_in_words(layers: Sequence[int | None], total: int) -> str:
+    """`all 28 layers`, `layers 3, 5-7`, `the model`."""
+    numbers = [layer for layer in layers if layer is not None]
+    if not numbers:
+        return "once in the model"
+    if len(numbers) == total > 1:
+        return f"all {total} layers"
+    parts, start = [], numbers[0]
+    for before, layer in zip(numbers, [*numbers[1:], None], strict=True):
+        if layer != before + 1:
+            parts.append(str(start) if start == before else f"{start}-{before}")
+            start = layer if layer is not None else 0
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
+
+
+def _block(fault: Fault, found: Found, causes: list[Cause]) -> Iterator[str]:
+    worst, count = fault.worst, len(fault.layers) + len(fault.spared)
+    spared = f"; right in {layers_in_words(fault.spared, -1)}" if fault.spared else ""
+    yield f"{fault.stage}, {layers_in_words(fault.layers, count)}{spared} ({STAGES[fault.stage].meaning})"
+    place = path_of(worst.key)
+    if worst.wrong is None:
+        yield f"  local     {worst.local:.3g} at {place}; its rounding makes {worst.floor:.2g} of it"
+    if worst.drifting and worst.local <= worst.limit:
+        yield f"  scale     all rows by {1 + worst.drift:.6f}"
+    if worst.accumulated is not None:
+        inherited = f", {worst.inherited:.3g} of it came in" if worst.inherited is not None else ""
+        amplified = f", {worst.amplification:.3g} times" if worst.amplification else ""
+        yield f"  in all    {worst.accumulated:.3g} from the truth{inherited}{amplified}"
+    if worst.where:
+        yield f"  worst     {_where(worst.where)}"
+    if worst.through:
+        yield f"  through   {', '.join(worst.through)}: missing in the tree, computed"
+    if not causes:
+        yield from [f"  wrong     {worst.wrong}"] if worst.wrong else []
+    for cause in causes:
+        at = "" if len(causes) == 1 else f" ({layers_in_words(cause.layers, count)})"
+        if cause.explanation is None:
+            yield f"  hint      {cause.hint}{at}"
+            continue
+        same = f", or, the same here, {' or '.join(cause.explanation.same)}" if cause.explanation.same else ""
+        yield f"  because   {cause.explanation.hypothesis}: {cause.explanation.text}{same}{at}"
+        yield f"            with it {cause.explanation.residual:.2g} is left"
+
+
+def _where(where: dict[str, Any]) -> str:
+    parts = []
+    for name in ("token", "head", "channel", "rank"):
+        if name in where:
+            wrong, count = where[f"{name}s_wrong"], where[f"{name}s"]
+            share = "alone" if wrong == 1 < count else f"{wrong} of {count} wrong"
+            parts.append(f"{name} {where[name]} ({where[f'{name}_rel_l2']:.3g}, {share})")
+    return ", ".join(parts)
+
+
+def _rest(found: Found) -> Iterator[str]:
+    for reason, count in Counter(found.unknown.values()).items():
+        first = path_of(next(key for key, why in found.unknown.items() if why == reason))
+        yield f"not replayed: {first}{f' and {count - 1} others' if count > 1 else ''}: {reason}"
+    through = sorted({name for row in found.locals for name in row.through})
+    if through:
+        more = f" and {len(through) - 4} others" if len(through) > 4 else ""
+        yield f"computed, since the tree lacks them: {', '.join(through[:4])}{more}"
+    notes = Counter(note for row in found.locals for note in row.notes)
+    yield from (f"note: {note}" for note in (*found.notes, *notes))
+
+
+def sentence(told: Explained) -> str:
+    """One sentence that can be pasted into a bug report."""
+    found = told.found
+    config, count = found.engine.config, found.engine.count
+    what = f"{config.model_type}, {config.num_hidden_layers} layers, {count} tokens, {found.numerics}"
+    tree = found.engine.tree.folder.name or str(found.engine.tree.folder)
+    if found.verdict == "incomplete":
+        unknown = len(found.unknown)
+        return f"incomplete: of {tree} {len(found.locals)} stages are right, {unknown} could not be replayed ({what})."
+    if not found.faults:
+        return (
+            f"clean: each of the {len(found.locals)} stages of {tree} is what its own inputs give, within"
+            f" {MARGIN:g} times the rounding of {found.numerics} ({what})."
+        )
+    parts = []
+    for fault in found.faults:
+        where = layers_in_words(fault.layers, len(fault.layers) + len(fault.spared))
+        cause = next((c for c in told.causes if c.stage == fault.stage and c.explanation), None)
+        why = f" ({cause.explanation.text})" if cause and cause.explanation else ""
+        size = "" if fault.worst.wrong else f", {fault.worst.local:.2g} where rounding makes {fault.worst.floor:.1g}"
+        parts.append(f"{fault.stage} in {where}{size}{why}")
+    return f"faulty: {tree} computes wrongly from its own inputs: {'; '.join(parts)} ({what})."
+
+
+def records(told: Explained, *, explained: bool) -> Iterator[dict[str, Any]]:
+    """JSON records: `config`, a `stage` each, `unknown` ones, and `summary` last."""
+    found = told.found
+    engine = {"path": str(found.engine.tree.folder), "numerics": found.numerics, "tokens": found.engine.tokens}
+    yield {"record": "config", "schema": SCHEMA, "margin": MARGIN, **engine, "notes": found.notes}
+    for row in found.locals:
+        yield {"record": "stage", "layer": row.key[0], "stage": row.key[1], "faulty": row.faulty, **_figures(row)}
+    for key, reason in found.unknown.items():
+        yield {"record": "unknown", "layer": key[0], "stage": key[1], "reason": reason}
+    faults = [entry for fault in found.faults for entry in _faults(fault, told, explained)]
+    yield {"record": "summary", "verdict": found.verdict, "faults": faults, "sentence": sentence(told)}
+
+
+def _faults(fault: Fault, told: Explained, explained: bool) -> Iterator[dict[str, Any]]:
+    entry = {"stage": fault.stage, "layers": list(fault.layers), "spared": list(fault.spared), **_figures(fault.worst)}
+    if not explained:
+        yield entry
+        return
+    for cause in (cause for cause in told.causes if cause.stage == fault.stage):
+        e = cause.explanation
+        named = None
+        if e is not None:
+            named = {"hypothesis": e.hypothesis, "parameter": e.parameter, "text": e.text}
+            named |= {"residual": jsonable(e.residual), "same": list(e.same)}
+        yield entry | {"layers": list(cause.layers), "explanation": named, "hint": cause.hint}
+
+
+def _figures(row: Local) -> dict[str, Any]:
+    numbers = {"local_rel_l2": row.local, "floor": row.floor, "limit": row.limit, "accumulated": row.accumulated}
+    numbers |= {"inherited": row.inherited, "amplification": row.amplification, "drift": row.drift}
+    found: dict[str, Any] = {name: jsonable(value) for name, value in numbers.items()}
+    where = {name: jsonable(value) for name, value in row.where.items()}
+    return found | {"not_finite": row.bad, "wrong": row.wrong, "where": where, "through": list(row.through)}
