@@ -1,0 +1,227 @@
+"""A dumped tree for notebooks: `load_tree("trace")["layer-3"]["q_post_rope"]` is an array that knows its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from jaxref.aprt import read_aprt
+from jaxref.stages import ALIASES, STAGES
+from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest
+from weights import UserError
+from weights.safetensors_file import DTYPES, SafetensorsFile
+
+_ORDER = {name: place for place, name in enumerate(STAGES)}
+_FIGURES = ("min", "max", "rms")
+
+
+class NotThere(UserError, KeyError):
+    """A layer or stage that the tree does not hold; a `KeyError` too, so that `in` and `get` work."""
+
+    __str__ = Exception.__str__
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Named(NDArrayOperatorsMixin):
+    """One tensor. NumPy, JAX and matplotlib take it as an array; what they compute from it is a plain array.
+
+    `values` is a read-only map of the file: nothing is read until it is used. `axes` are None where nobody said them.
+    """
+
+    name: str
+    values: np.ndarray
+    axes: tuple[str, ...] | None
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of each axis."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As on disk."""
+        return self.values.dtype
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → size; the second S of attention's maps, the keys, is `S'`. Empty where the axes are unknown."""
+        found: dict[str, int] = {}
+        for axis, size in zip(self.axes or (), self.shape, strict=False):
+            found[axis + "'" if axis in found else axis] = size
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        plain = [value.values if isinstance(value, Named) else value for value in inputs]
+        return getattr(ufunc, method)(*plain, **options)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[index]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.sizes.items())
+        shape = f"[{axes}]" if axes else f"{list(self.shape)} (axes unknown: no manifest says them)"
+        stage = STAGES.get(self.name.rpartition("/")[2])
+        known = ", ".join(f"{figure} {value:.4g}" for figure, value in self.figures.items())
+        parts = self.name, f"{self.dtype} {shape}", stage.meaning if stage else "", known
+        return "  ".join(part for part in parts if part)
+
+
+class LoadedLayer(Mapping[str, Named]):
+    """The stages of one layer, or of the whole model, in computation order; a file is opened when it is asked for."""
+
+    def __init__(self, tree: LoadedTree, layer: int | None, files: Mapping[str, Path]) -> None:
+        self._tree, self._layer = tree, layer
+        self._files = {name: files[name] for name in sorted(files, key=lambda n: (_ORDER.get(n, len(_ORDER)), n))}
+
+    def __getitem__(self, stage: str) -> Named:
+        name = _canonical(stage)
+        if name not in self._files:
+            where = "the whole model" if self._layer is None else f"layer-{self._layer}"
+            raise NotThere(f"{self._tree.folder}: {where} has no stage {stage!r}; it has {', '.join(self._files)}")
+        return self._tree.open(self._layer, name, self._files[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __repr__(self) -> str:
+        return "\n".join(repr(self[name]) for name in self)
+
+
+class LoadedTree(Mapping[str, LoadedLayer | Named]):
+    """A tree by the paths of `jaxref.forward`: `["layer-3"]["attn_norm"]`, `["lm_head"]`; also `["layer-3/attn_norm"]`.
+
+    `manifest` is None for a producer that writes none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; `python -m jaxref dump MODEL --output {folder}` makes one")
+        self.manifest = read_manifest(folder)
+        if self.manifest is None and (folder / UNFINISHED).exists():
+            raise UserError(f"{folder}: its dump was not finished; run the same dump again")
+        stated = (self.manifest or {}).get("files", [])
+        self._entries = {str(entry.get("path")): entry for entry in stated if isinstance(entry, dict)}
+        self._layers = {
+            f"layer-{index}": LoadedLayer(self, index, files)
+            for index, path in _layer_folders(folder)
+            if (files := _stage_files(path))
+        }
+        self._whole = LoadedLayer(self, None, _stage_files(folder))
+        if not self._layers and not self._whole:
+            raise UserError(f"{folder}: holds no stage's file, like layer-0/attn_norm.bin")
+
+    def __getitem__(self, name: str) -> Any:
+        layer, slash, stage = name.partition("/")
+        if slash:
+            return self[layer][stage]
+        if layer in self._layers:
+            return self._layers[layer]
+        if _canonical(name) in self._whole:
+            return self._whole[name]
+        raise NotThere(f"{self.folder}: no {name!r}; it has {', '.join(self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._layers
+        yield from self._whole
+
+    def __len__(self) -> int:
+        return len(self._layers) + len(self._whole)
+
+    def __repr__(self) -> str:
+        known = self.manifest or {}
+        facts = [str(known[key]) for key in ("producer", "model", "dtype") if key in known] or ["no manifest"]
+        facts += [f"{len(known['tokens'])} tokens"] if "tokens" in known else []
+        count = sum(map(len, self._layers.values())) + len(self._whole)
+        names = [*self._layers]
+        names = names if len(names) < 4 else [names[0], "…", names[-1]]
+        return f"{self.folder}: {', '.join(facts)}; {count} files: {', '.join([*names, *self._whole])}"
+
+    def open(self, layer: int | None, stage: str, path: Path) -> Named:
+        """The tensor of a file, in the shape that the manifest gives it. Raises `UserError` for a broken one."""
+        values = _mapped(path, layer, stage)
+        entry = self._entries.get(path.relative_to(self.folder).as_posix(), {})
+        name = stage if layer is None else f"layer-{layer}/{stage}"
+        if "shape" not in entry:
+            return Named(name, values, None)
+        shape, axes = entry["shape"], entry.get("axes")
+        whole = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
+        named = axes is None or (isinstance(axes, list) and len(axes) == len(shape if whole else ()))
+        if not (whole and named and math.prod(shape) == values.size):
+            raise UserError(f"{path}: holds {values.size} values, and {MANIFEST} says shape {shape}, axes {axes}")
+        figures = {key: entry[key] for key in _FIGURES if isinstance(entry.get(key), int | float)}
+        return Named(name, values.reshape(shape), None if axes is None else tuple(map(str, axes)), figures)
+
+
+def load_tree(folder: str | Path) -> LoadedTree:
+    """Open a dumped tree of any producer; files are mapped when they are asked for.
+
+    Raises `UserError` for a folder that holds no tree, and for what is not in it, with a list of what is.
+    """
+    return LoadedTree(Path(folder))
+
+
+def _canonical(stage: str) -> str:
+    lowered = stage.strip().lower()
+    return ALIASES.get(lowered, lowered)
+
+
+def _layer_folders(folder: Path) -> list[tuple[int, Path]]:
+    names = ((path.name.removeprefix("layer-"), path) for path in folder.glob("layer-*"))
+    return sorted((int(number), path) for number, path in names if number.isdecimal())
+
+
+def _stage_files(folder: Path) -> dict[str, Path]:
+    """Stage → file of one folder; a name that is no stage is kept as it is."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.startswith(".") or path.suffix.removeprefix(".") not in SUFFIXES.values():
+            continue
+        name = _canonical(path.stem)
+        if name in found:
+            raise UserError(f"{folder}: {found[name].name} and {path.name} are the same stage; remove one of them")
+        found[name] = path
+    return found
+
+
+def _mapped(path: Path, layer: int | None, stage: str) -> np.ndarray:
+    """The values of an APRT (flat) or safetensors file (in its own shape)."""
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    stated, values = read_aprt(path)
+    # An engine may call the embedding a stage of layer 0 or of the whole model; nothing else is ambiguous.
+    if stated != layer and stage != "embedding":
+        header, place = ("whole-model" if n is None else n for n in (stated, layer))
+        raise UserError(f"{path}: its header says layer {header}, its place says {place}")
+    return np.asarray(values)
+
+
+def _safetensors(path: Path) -> np.ndarray:
+    file = SafetensorsFile(path)
+    if len(file.entries) != 1:
+        raise UserError(f"{path}: holds {len(file.entries)} tensors; a stage's file holds one")
+    (name,) = file.entries
+    if file.entries[name]["dtype"] in DTYPES:
+        return file.tensor(name)
+    try:
+        return load_file(path)[name]  # the experts' ids: small, so they are read whole
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable: {error}") from None
