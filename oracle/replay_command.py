@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from jaxref.options import read_prompt
+from oracle.page import check_html, write_told
 from weights import Checkpoint, open_checkpoint
 
 _PATH = click.Path(path_type=Path)
@@ -23,6 +24,7 @@ _OPTIONS = (
     click.option("--hf", type=_PATH, help="A third tree in the engine's numerics: its local errors raise the floor."),
     click.option("--numerics", type=click.Choice(["f32", "f16", "bf16", "q8"]), help="What the engine computes in."),
     click.option("--positions", help="The positions of the tree's rows, like 5,6, where its manifest does not say."),
+    click.option("--html", type=_PATH, help="Write a page to look at: one file, no network needed."),
     click.option("--json", "as_json", is_flag=True, help="JSON records on stdout, one a line, the summary last."),
 )
 
@@ -36,7 +38,9 @@ def replay_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_replay(options: dict[str, Any], *, explained: bool) -> int:
     """Localize, explain if asked to, and print. Returns the exit code: 0 clean, 1 faulty, 2 incomplete."""
-    as_json, model, tree = (options.pop(name) for name in ("as_json", "model", "engine_tree"))
+    as_json, html, model, tree = (options.pop(name) for name in ("as_json", "html", "model", "engine_tree"))
+    if html is not None:
+        check_html(html)
     checkpoint, tokens = _asked(model, options)
     from jaxref import show
     from jaxref.__main__ import use_compilation_cache
@@ -50,6 +54,8 @@ def run_replay(options: dict[str, Any], *, explained: bool) -> int:
             result = explain(checkpoint, tree, tokens, progress=progress, **options)
         else:
             result = Explained(localize(checkpoint, tree, tokens, progress=progress, **options))
+    if html is not None:
+        write_told(result, html)
     if as_json:
         for record in told.records(result, explained=explained):
             click.echo(json.dumps(record, allow_nan=False))

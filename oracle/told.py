@@ -103,7 +103,7 @@ def _block(fault: Fault, found: Found, causes: list[Cause]) -> Iterator[str]:
         amplified = f", {worst.amplification:.3g} times" if worst.amplification else ""
         yield f"  in all    {worst.accumulated:.3g} from the truth{inherited}{amplified}"
     if worst.where:
-        yield f"  worst     {_where(worst.where)}"
+        yield f"  worst     {where_in_words(worst.where)}"
     if worst.through:
         yield f"  through   {', '.join(worst.through)}: missing in the tree, computed"
     if not causes:
@@ -118,7 +118,8 @@ def _block(fault: Fault, found: Found, causes: list[Cause]) -> Iterator[str]:
         yield f"            with it {cause.explanation.residual:.2g} is left"
 
 
-def _where(where: dict[str, Any]) -> str:
+def where_in_words(where: dict[str, Any]) -> str:
+    """The worst token, head, channel or rank, and how many are wrong."""
     parts = []
     for name in ("token", "head", "channel", "rank"):
         if name in where:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weights import UserError
 
 if TYPE_CHECKING:
+    from oracle.explain import Explained
     from oracle.page.sheet import Sheet
     from oracle.result import Result
 
@@ -34,6 +35,14 @@ def write_html(result: Result, path: Path) -> None:
     pairs = Pairs(result)
     sheet = replace(sheet_of(result), pictures=pictures_of(result, pairs), listings=experts_of(pairs))
     write_sheet(sheet, path)
+
+
+def write_told(told: Explained, path: Path) -> None:
+    """Write the page of a localize or explain. Raises `UserError` where it cannot be written."""
+    check_html(path)
+    from oracle.page.replayed import sheet_of_told
+
+    write_sheet(sheet_of_told(told), path)
 
 
 def write_sheet(sheet: Sheet, path: Path) -> None:

@@ -233,3 +233,26 @@ def _wide(folder: Path) -> Path:
 
     write_random(folder, tiny_config("qwen2", hidden_size=80))
     return folder
+
+
+def test_the_page_shows_the_fault_and_its_cause(models: Models, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the html extra: pip install 'jaxref[html]'")
+    raw, weights, checkpoint = models.get("qwen2", CLEAN)
+    write(tmp_path / "engine", run(raw, weights, TOKENS, "float32", {"bias_missing": {1}}))
+    page = tmp_path / "report.html"
+    done = cli("explain", checkpoint.folder, tmp_path / "engine", "--html", page)
+    assert done.returncode == 1, done.stderr
+    text = page.read_text(encoding="utf-8")
+    assert "faulty: qkv_bias" in text and "the bias of q, k, v is missing" in text
+    assert "https://" not in text.replace("https://www.w3.org", "")
+    assert cli("explain", checkpoint.folder, tmp_path / "engine", "--html", tmp_path).returncode == 2
+
+
+def test_a_yardstick_raises_the_floor(models: Models, tmp_path: Path) -> None:
+    """What another program of the same numerics does as badly is no fault."""
+    raw, weights, checkpoint = models.get("qwen2", CLEAN)
+    noisy = run(raw, weights, TOKENS, "float32", {"noise/ffn_up": None})
+    for name in ("engine", "yardstick"):
+        write(tmp_path / name, noisy)
+    assert [f.stage for f in localize(checkpoint, tmp_path / "engine", TOKENS).faults] == ["ffn_up"]
+    assert localize(checkpoint, tmp_path / "engine", TOKENS, hf=tmp_path / "yardstick").verdict == "clean"
