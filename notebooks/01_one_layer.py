@@ -13,11 +13,10 @@ import subprocess
 import sys
 import tempfile
 
+import jaxref
 import matplotlib.pyplot as plt
 import numpy as np
 import treescope
-
-import jaxref
 from jaxref.loaded import load_tree
 from jaxref.stages import stages_of
 from weights import EMBEDDED, open_checkpoint

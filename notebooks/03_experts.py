@@ -16,7 +16,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-
 import oracle
 from jaxref.loaded import load_tree
 from weights import open_checkpoint
@@ -36,7 +35,9 @@ model = open_checkpoint(MODEL)
 config, tokens = model.config, model.tokenizer().encode(TEXT)
 moe = [n for n in range(config.num_hidden_layers) if config.is_moe(n)]
 E, A = config.num_experts, config.num_experts_per_tok
-print(f"{model.name}: {config.model_type}, {len(moe)} of {config.num_hidden_layers} layers with {E} experts, {A} a token")
+print(
+    f"{model.name}: {config.model_type}, {len(moe)} of {config.num_hidden_layers} layers with {E} experts, {A} a token"
+)
 print(f"{len(tokens)} tokens")
 
 # %% [markdown]
@@ -82,7 +83,9 @@ plt.show()
 # routers are not balanced, and trained ones are less so than one would think.
 
 # %%
-load = np.array([np.bincount(np.asarray(truth[f"layer-{n}"]["moe_router_indices"], int).ravel(), minlength=E) for n in moe])
+load = np.array(
+    [np.bincount(np.asarray(truth[f"layer-{n}"]["moe_router_indices"], int).ravel(), minlength=E) for n in moe]
+)
 fair = len(tokens) * A / E
 fig, ax = plt.subplots(figsize=(9, 1.2 + 0.2 * len(moe)))
 image = ax.imshow(load / fair, aspect="auto", cmap="cividis", vmin=0)
@@ -141,11 +144,15 @@ print(f"{len(flips)} of {len(moe) * len(tokens)} decisions")
 # %%
 depth = range(config.num_hidden_layers)
 states = [(t[f"layer-{n}"]["post_ffn_residual"].values.astype(np.float64)) for n in depth for t in (truth, half)]
-off = [np.linalg.norm(b - a, axis=1) / np.linalg.norm(a, axis=1) for a, b in zip(states[::2], states[1::2], strict=True)]
+off = [
+    np.linalg.norm(b - a, axis=1) / np.linalg.norm(a, axis=1) for a, b in zip(states[::2], states[1::2], strict=True)
+]
 fig, ax = plt.subplots(figsize=(9, 1.6 + 0.15 * len(off)))
 image = ax.imshow(np.log10(off), aspect="auto", cmap="magma", interpolation="nearest")
 ax.plot([token for _, token in flips], [n for n, _ in flips], "x", color="cyan", label="another expert")
-ax.set(title="log10 of the hidden state's relative error in float16", xlabel="token", ylabel="layer", yticks=list(depth))
+ax.set(
+    title="log10 of the hidden state's relative error in float16", xlabel="token", ylabel="layer", yticks=list(depth)
+)
 ax.legend(loc="upper left", bbox_to_anchor=(0, -0.3), frameon=False)
 fig.colorbar(image)
 plt.show()
