@@ -43,16 +43,14 @@ def execute(source: Path) -> Any:
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", nbformat.from_dict({})
-        for output in cell.get("outputs", []):
-            _keep_static(output)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _needs_script(output)]
     return notebook
 
 
-def _keep_static(output: Any) -> None:
-    """Drop HTML that needs a script: it is large, and blank wherever notebooks are shown without running them."""
-    data = output.get("data", {})
-    if "<script" in data.get("text/html", ""):
-        del data["text/html"]
+def _needs_script(output: Any) -> bool:
+    """HTML that is large, and blank wherever notebooks are shown without running them; it is not stored."""
+    return "<script" in output.get("data", {}).get("text/html", "")
 
 
 def write(source: Path) -> Path:

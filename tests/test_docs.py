@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxref.reference import reference
+from oracle.verdict import BOUNDS, Rules
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "notebooks" / "README.md"])
@@ -16,6 +17,13 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "noteb
 def test_the_stage_reference_is_generated() -> None:
     made = (ROOT / "docs" / "stages.md").read_text(encoding="utf-8")
     assert made == "\n".join(reference()) + "\n", "run python -m jaxref.reference > docs/stages.md"
+
+
+def test_the_bounds_of_compare_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| 2\^(-\d+) \| ([\de.-]+) \|$", page, re.MULTILINE)
+    assert {dtype: float(bound) for dtype, _, bound in rows} == BOUNDS
+    assert {dtype: 2.0 ** int(power) for dtype, power, _ in rows} == {name: Rules(name, name).floor for name in BOUNDS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
