@@ -3,11 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := demo-trace
+FAULT ?= rope_interleaved
 
 .PHONY: demo test test-oldest lint clean
 
+# An explain that finds a fault ends with 1, and here there is one to find.
 demo: .venv/installed
-	$(BIN)/python -m jaxref dump --output $(DEMO)
+	$(BIN)/python -m jaxref dump tiny --output $(DEMO)/trace
+	$(BIN)/python -m oracle plant tiny --fault $(FAULT) --output $(DEMO)/engine-$(FAULT) --quiet
+	$(BIN)/python -m oracle explain tiny $(DEMO)/engine-$(FAULT) || test $$? = 1
 
 test: .venv/tested lint
 	$(BIN)/python -m pytest $(ARGS)

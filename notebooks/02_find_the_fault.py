@@ -13,7 +13,7 @@
 # %%
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import jaxref
 import numpy as np
@@ -23,7 +23,8 @@ from weights import EMBEDDED, open_checkpoint
 
 model = open_checkpoint(EMBEDDED)
 tokens = [54, 71, 64, 83, 220, 17, 10, 17, 30, 64, 71, 54]
-folder = Path(mkdtemp())
+scratch = TemporaryDirectory()
+folder = Path(scratch.name)
 
 # %% [markdown]
 # What an engine has to do to take part: twelve bytes and its floats, a file a stage.

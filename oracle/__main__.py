@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,26 @@ def _write_hf(job: Job, device: str, progress: Progress) -> Report:
     except ImportError as error:
         raise UserError(f"the Hugging Face path needs torch ({error}): pip install 'jaxref[hf]'") from None
     return dump_hf(job, device, progress)
+
+
+@main.command()
+@run_options
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float32", show_default=True)
+@click.option(
+    "--fault", default="rope_theta", show_default=True, help="A name that `explain` may give; `help` lists them."
+)
+@click.option("--at", default="all", show_default=True, help="The layers that have it: all, START..END or 0,3,7.")
+def plant(fault: str, at: str, **options: Any) -> None:
+    """Write the tree of an engine that computes one thing wrongly, to try `compare`, `localize` and `explain` on."""
+    run_dump(options, partial(_write_planted, fault, at))
+
+
+def _write_planted(fault: str, at: str, job: Job, device: str, progress: Progress) -> Report:
+    from jaxref.selection import parse_layers
+    from oracle.plant import Plant, dump_planted
+
+    layers = parse_layers(at, job.checkpoint.config.num_hidden_layers)
+    return dump_planted(job, Plant(fault, layers), progress, platform="cpu")
 
 
 @main.command("llama-cpp")

@@ -1,16 +1,11 @@
 """Checkpoints into typed parameters: configs, tensor names, safetensors. Imports nothing of the other packages."""
 
-from pathlib import Path
-
-from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from weights.config import Config
 from weights.config_json import config_from_dict, read_config
 from weights.errors import UserError
 from weights.params import Expert, Layer, Params, random_params
 from weights.tokenizer import Tokenizer, open_tokenizer
-
-# A tiny random Qwen2 that needs no download: `python -m weights tiny weights/embedded` made it.
-EMBEDDED = Path(__file__).parent / "embedded"
 
 __all__ = [
     "EMBEDDED",

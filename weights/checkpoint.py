@@ -23,6 +23,8 @@ from weights.tokenizer import Tokenizer, open_tokenizer, tokenizer_from_metadata
 
 TensorFile = SafetensorsFile | GgufFile
 
+# A tiny random Qwen2 that needs no download: `python -m weights tiny weights/embedded` made it. People call it `tiny`.
+EMBEDDED = Path(__file__).parent / "embedded"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Buffers that some exporters save beside the weights; they are functions of the config.
@@ -139,7 +141,7 @@ def _digest(file: TensorFile, whole: bool) -> dict[str, str]:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open a folder, a `.safetensors` or `.gguf` file, an index file, or a Hugging Face id in the local cache.
+    """Open a folder, a `.safetensors` or `.gguf` file, an index file, a Hugging Face id in the local cache, or `tiny`.
 
     Raises `UserError` where there is none, where tensors are missing, unknown or mis-shaped (all of them listed), where
     a file is truncated, or where an index points outside its folder. Only safetensors are read, never pickles.
@@ -168,6 +170,8 @@ def _locate(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if model == "tiny":
+        return EMBEDDED
     if path.is_file():
         if path.suffix in (".safetensors", ".gguf") or path.name.endswith(".safetensors.index.json"):
             return path

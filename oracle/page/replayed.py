@@ -15,7 +15,7 @@ MARKS = {".": "what its own inputs give", "~": "the same through missing stages"
 def sheet_of_told(told: Explained) -> Sheet:
     """All that a page says of it."""
     found, faults = told.found, told.found.faults
-    cells = [_cell(row) for row in found.locals]
+    cells = [_cell(row, _because(told, row)) for row in found.locals]
     cells += [
         Cell(key, None, "?", "missing", {"status": "not replayed", "why": why}) for key, why in found.unknown.items()
     ]
@@ -39,9 +39,18 @@ def sheet_of_told(told: Explained) -> Sheet:
     )
 
 
-def _cell(row: Local) -> Cell:
+def _because(told: Explained, row: Local) -> str | None:
+    """What is known of why a stage of a layer is wrong."""
+    layer, stage = row.key
+    causes = [cause for cause in told.causes if cause.stage == stage and layer in cause.layers]
+    return "; ".join(c.explanation.text if c.explanation else c.hint for c in causes) or None if row.faulty else None
+
+
+def _cell(row: Local, because: str | None) -> Cell:
     mark, status = ("X", "diverge") if row.faulty else ("~", "tie") if row.through else (".", "agree")
-    details = {"stage": STAGES[row.key[1]].meaning, "own error": f"{row.local:.3g}"}
+    details = {"stage": STAGES[row.key[1]].meaning}
+    details |= {"because": because} if because else {}
+    details["own error"] = f"{row.local:.3g}"
     details |= {"floor": f"{row.floor:.3g}", "limit": f"{row.limit:.3g}"}
     if row.accumulated is not None:
         details["accumulated"] = f"{row.accumulated:.3g}"

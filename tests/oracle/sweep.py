@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,12 +126,16 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main() -> None:
-    """`python -m tests.oracle.sweep [arch [dtype [layer [fault…]]]]`: print the table."""
-    import sys
-
-    arch, dtype, layer, *names = [*sys.argv[1:], *["qwen2", "float32", str(LAYER)][len(sys.argv) - 1 :]]
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Plant faults in a stand-in engine and see what explain says of them.")
+    parser.add_argument("arch", nargs="?", default="qwen2", choices=["qwen2", "qwen3", "qwen3_moe"])
+    parser.add_argument("dtype", nargs="?", default="float32", choices=SHORT)
+    parser.add_argument("layer", nargs="?", default=str(LAYER), help="a layer's number, or all")
+    parser.add_argument("fault", nargs="*", help="names of faults; all of them by default")
+    asked = parser.parse_args()
+    layer = None if asked.layer == "all" else int(asked.layer)
     with TemporaryDirectory() as root:
-        print(table(list(sweep(Path(root), arch, dtype, None if layer == "all" else int(layer), names or None))))
+        print(table(list(sweep(Path(root), asked.arch, asked.dtype, layer, asked.fault or None))))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxref.dump import Job
+from jaxref.precision import numerics_of
+from jaxref.selection import Selection, parse_layers, parse_stages
 from oracle import compare
-from oracle.page import write_html
+from oracle.explain import explain
+from oracle.page import write_html, write_told
+from oracle.plant import Plant, dump_planted
 from oracle.result import Result
 from tests.conftest import prompt
 from tests.oracle.faults import model, run, with_layer, write, write_reference
+from weights import open_checkpoint
+from weights.tiny import tiny_config, write_random
 
 FAULTY = (3, "qkv_bias")
 
@@ -34,4 +41,18 @@ def page(folder: Path, **options: int) -> Path:
     """The same as a page."""
     path = folder / "report.html"
     write_html(planted(folder, **options), path)
+    return path
+
+
+def explained(folder: Path, arch: str = "qwen2", fault: str = "kv_heads_modulo", at: int = 2) -> Path:
+    """The page of an explain: a fault of the table, planted in one layer."""
+    write_random(folder / "model", tiny_config(arch, None, 3), seed=5)
+    checkpoint, ids = open_checkpoint(folder / "model"), prompt(19, 272)
+    selection = Selection(
+        checkpoint.config, len(ids), parse_stages("all", checkpoint.config), parse_layers("all", 3), "all"
+    )
+    job = Job(checkpoint, ids, selection, numerics_of("float16"), folder / "engine")
+    dump_planted(job, Plant(fault, (at,)), lambda layer: None)
+    path = folder / "told.html"
+    write_told(explain(checkpoint, folder / "engine"), path)
     return path
