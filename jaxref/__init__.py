@@ -2,6 +2,7 @@
 
 from jaxref.loaded import load_tree
 from jaxref.model import forward
+from jaxref.session import Session
 from jaxref.stages import STAGES
 
-__all__ = ["STAGES", "forward", "load_tree"]
+__all__ = ["STAGES", "Session", "forward", "load_tree"]

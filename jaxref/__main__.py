@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from weights.cli import run
 
 if TYPE_CHECKING:
     from jaxref.dump import Job, Progress, Report
+    from jaxref.memory import MemoryPlan
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
@@ -36,34 +37,48 @@ def main() -> None:
     show_default=True,
     help="stored: round them before each product as the types of a GGUF's weights make an engine do.",
 )
-def dump(**options: Any) -> None:
+@click.option("--mesh", help="Several devices as one: tp=N splits heads, feed-forward and vocabulary among N.")
+@click.option("--max-device-memory", help="For example 8GB or 512MiB.  [default: 90 % of what is free on a GPU]")
+def dump(mesh: str | None, max_device_memory: str | None, **options: Any) -> None:
     """Run MODEL over a prompt and write every stage of every layer below --output.
 
     MODEL is a folder, a .safetensors file or an id in the local Hugging Face cache; without it, a tiny built-in model.
     """
-    run_dump(options, _write)
+    placement = Placement(options["device"], mesh, max_device_memory)
+    run_dump(options, placement.write, planned=placement.memory)
 
 
-def _write(job: Job, device: str, progress: Progress) -> Report:
-    from jaxref.dump import dump as write
+@dataclass(frozen=True)
+class Placement:
+    """Where a dump runs, as people type it."""
 
-    use_compilation_cache()
-    return write(replace(job, device=find_device(device)), progress=progress)
+    device: str
+    mesh: str | None
+    limit: str | None
 
+    def write(self, job: Job, device: str, progress: Progress) -> Report:
+        """Find the devices and write the tree."""
+        from jaxref.devices import find_devices, parse_size, prepare
+        from jaxref.dump import dump as write
+        from jaxref.mesh import make_mesh, parse_mesh
 
-def find_device(name: str) -> Any:
-    """The CPU or the first CUDA device as JAX knows it. Raises `UserError` where there is none."""
-    import jax
+        limit = None if self.limit is None else parse_size(self.limit)
+        sizes = None if self.mesh is None else parse_mesh(self.mesh)
+        prepare(device)
+        use_compilation_cache()
+        devices = find_devices(device)
+        mesh = None if sizes is None else make_mesh(sizes, devices)
+        return write(replace(job, device=devices[0], mesh=mesh, max_memory=limit), progress=progress)
 
-    from weights import UserError
+    def memory(self, job: Job) -> MemoryPlan:
+        """What the job will need on each device. Raises `UserError` where that is more than the limit."""
+        from jaxref.devices import parse_size
+        from jaxref.memory import plan_memory, workspace
+        from jaxref.mesh import TENSOR, parse_mesh
 
-    try:
-        return jax.devices(name)[0]
-    except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"--device {name}: JAX finds none ({reason}); pip install 'jaxref[cuda12]' brings CUDA"
-        ) from None
+        ways = 1 if self.mesh is None else parse_mesh(self.mesh)[TENSOR]
+        plan = plan_memory(job.selection, job.numerics, ways=ways, workspace=workspace(self.device))
+        return plan.fit(None if self.limit is None else parse_size(self.limit))
 
 
 def use_compilation_cache() -> None:
@@ -86,12 +101,14 @@ def use_compilation_cache() -> None:
 def generate(max_tokens: int, dtype: str, device: str, as_json: bool, **options: Any) -> None:
     """Continue a prompt greedily with MODEL and print the token ids and the text."""
     request = read_prompt(**options)
+    from jaxref.devices import find_devices, out_of_memory_in_words, prepare
     from jaxref.generate import generate as decode
     from jaxref.precision import numerics_of
 
-    numerics, found = numerics_of(dtype), find_device(device)
+    prepare(device)
+    numerics, found = numerics_of(dtype), find_devices(device)[0]
     use_compilation_cache()
-    with numerics.context():
+    with out_of_memory_in_words(), numerics.context():
         steps = decode(request.checkpoint, request.tokens, numerics, max_tokens, device=found)
         ids = [step.token for step in steps]
     text = request.tokenizer.decode(ids) if request.tokenizer else None

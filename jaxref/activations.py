@@ -6,9 +6,12 @@ ggml-cpu.c): int8 in blocks for quantised weights, float16 or bfloat16 for such 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
+from jax.tree_util import register_dataclass
 from jaxtyping import Float
 
 from weights import Checkpoint
@@ -26,12 +29,13 @@ COARSENESS = {"float16": "float16", "bfloat16": "bfloat16", "Q8_K": "q8", "Q8_0"
 BLOCKS = {"Q8_0": 32, "Q8_K": 256}
 
 
-@struct.dataclass
+@partial(register_dataclass, data_fields=["values"], meta_fields=["activation"])
+@dataclass(frozen=True)
 class Weight:
     """A matrix [out, in] that wants its activations rounded to `activation` before they meet it."""
 
     values: Array
-    activation: str = struct.field(pytree_node=False)
+    activation: str
 
 
 Matrix = Array | Weight

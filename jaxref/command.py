@@ -14,26 +14,29 @@ from weights import UserError
 
 if TYPE_CHECKING:
     from jaxref.dump import Job, Progress, Report
+    from jaxref.memory import MemoryPlan
 
 # Takes the job, the device's name and the progress bar; returns what was written.
 Write = Callable[["Job", str, "Progress"], "Report"]
 
 
-def run_dump(options: dict[str, Any], write: Write, shown: Callable[[Job], Job] = lambda job: job) -> None:
+def run_dump(
+    options: dict[str, Any],
+    write: Write,
+    shown: Callable[[Job], Job] = lambda job: job,
+    planned: Callable[[Job], MemoryPlan | None] = lambda job: None,
+) -> None:
     """Read the shared options, let `write` do the work, and tell a person or a machine what came of it.
 
-    `shown` takes out of a plan what the producer cannot show.
+    `shown` takes out of a plan what the producer cannot show; `planned` says what memory it needs, where that is known.
     """
     begun = time.perf_counter()
     plan, as_json, quiet = (options.pop(name) for name in ("plan", "as_json", "quiet"))
     device, job, tokenizer = _read(options)
     from jaxref import show
-    from jaxref.dump import describe_plan
 
     if plan:
-        job = shown(job)
-        rows = describe_plan(job)
-        click.echo(json.dumps(show.plan_json(rows, job.selection))) if as_json else show.print_plan(rows, job)
+        _tell_plan(shown(job), planned(job), as_json)
         return
     with show.progress_bar(job.selection.depth(), quiet=quiet or as_json) as progress:
         report = write(job, device, progress)
@@ -46,6 +49,20 @@ def run_dump(options: dict[str, Any], write: Write, shown: Callable[[Job], Job] 
         click.echo(json.dumps(facts | {"seconds": round(seconds, 3)}))
     elif not quiet:
         show.print_report(report, job, likeliest, seconds)
+
+
+def _tell_plan(job: Job, memory: MemoryPlan | None, as_json: bool) -> None:
+    from jaxref import show
+    from jaxref.dump import describe_plan
+
+    rows = describe_plan(job)
+    if as_json:
+        needed = {} if memory is None else {"device_memory": memory.to_json()}
+        click.echo(json.dumps(show.plan_json(rows, job.selection) | needed))
+        return
+    show.print_plan(rows, job)
+    if memory is not None:
+        click.echo(str(memory))
 
 
 def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:

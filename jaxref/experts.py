@@ -70,7 +70,7 @@ def all_experts(
     return inside, moe_ffn_out(inside.out, weights, indices, numerics=numerics)
 
 
-@partial(jax.jit, static_argnames=("numerics",))
+@partial(jax.jit, static_argnames=("numerics",), donate_argnames=("total",))
 def _accumulate(
     total: Float[Array, "S D"],
     out: Float[Array, "C D"],
@@ -79,7 +79,7 @@ def _accumulate(
     *,
     numerics: Numerics,
 ) -> Float[Array, "S D"]:
-    """Add one expert's weighted rows to those of its tokens. A token beyond S is padding and is dropped.
+    """Add one expert's weighted rows to those of its tokens, in place. A token beyond S is padding and is dropped.
 
     No two rows are the same token's, so there is no order of additions that a GPU could change.
     """

@@ -57,7 +57,7 @@ def generate(
                 for piece in pieces:
                     watch(index, piece)
                 hidden = pieces[-1].value
-            logits = reader.logits(reader.final_norm(hidden[-1:]))[0]
+            logits = np.asarray(reader.logits(reader.final_norm(hidden[-1:])))[0]
             start, new = start + len(new), [int(np.argmax(logits))]
             yield Step(new[0], logits)
 

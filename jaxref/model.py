@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxref import attention as attn
 from jaxref import feedforward as ffn
 from jaxref import ops
+from jaxref.activations import Matrix
 from jaxref.experts import ExpertSource, all_experts, chosen_experts
 from jaxref.precision import Numerics, numerics_of
 from weights import Config, Layer, Params
@@ -28,8 +29,9 @@ Trace = dict[str, Any]  # {"layer-0": {stage: array}, …, "final_norm": [S, D],
 
 # The largest block of attention scores, in numbers: memory grows as S, not as S².
 SCORES_IN_BLOCK = 1 << 24
-# The largest block of the output projection, in numbers: the head never has to fit in memory.
-HEAD_IN_BLOCK = 1 << 24
+# The largest block of the output projection, in numbers: the head never has to fit in memory, and a block of it is
+# converted and multiplied while it lies in the cache.
+HEAD_IN_BLOCK = 1 << 22
 
 
 class Piece(NamedTuple):
@@ -156,14 +158,15 @@ def attend(q: Array, k: Array, qkv: Array, positions: Array, place: Place) -> Pi
     config, numerics = place.config, place.numerics
     shape = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim, "numerics": numerics}
     window, v_start = config.window(place.layer), config.q_width + config.kv_width
-    count, key_positions = q.shape[0], jnp.arange(k.shape[0])
+    count, key_positions = q.shape[0], np.arange(k.shape[0])
     rows = query_rows(config.num_attention_heads, count, k.shape[0])
     mixed = []
     for row in range(0, count, rows):
-        block = slice(row, row + rows) if rows < count else slice(None)
-        scores = attn.attn_scores(q[block], k, **shape)
+        # Even a slice of everything would cost a millisecond of dispatching.
+        queries, at = (q, positions) if rows == count else (q[row : row + rows], positions[row : row + rows])
+        scores = attn.attn_scores(queries, k, **shape)
         yield Piece("attn_scores", scores, row)
-        weights = attn.attn_softmax(scores, positions[block], key_positions, window=window, numerics=numerics)
+        weights = attn.attn_softmax(scores, at, key_positions, window=window, numerics=numerics)
         yield Piece("attn_softmax", weights, row)
         mixed.append(attn.attention(weights, qkv, start=v_start, **shape))
         del scores, weights
@@ -204,7 +207,7 @@ def mixture_of_experts(layer: Layer, x: Array, place: Place, routing: Routing | 
     return x
 
 
-def lm_head(x: Array, blocks: Iterator[Array], numerics: Numerics) -> Array:
+def lm_head(x: Array, blocks: Iterator[Matrix], numerics: Numerics) -> Array:
     """[S, D] → [S, V], the output projection given in blocks of the vocabulary."""
     return jnp.concatenate([ops.linear(x, block, numerics=numerics) for block in blocks], axis=-1)
 
@@ -250,10 +253,10 @@ def _collect(pieces: Pieces) -> tuple[dict[str, Array], Array]:
         try:
             piece = next(pieces)
         except StopIteration as end:
-            return {stage: _join(blocks) for stage, blocks in found.items()}, end.value
+            return {stage: join_blocks(blocks) for stage, blocks in found.items()}, end.value
         found.setdefault(piece.stage, []).append(piece.value)
 
 
-def _join(blocks: list[Array]) -> Array:
+def join_blocks(blocks: list[Array]) -> Array:
     """Blocks of query rows [H, rows, S] into one."""
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)

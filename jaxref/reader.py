@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxref import ops
 from jaxref.activations import Matrix, Weight, activation_of
+from jaxref.mesh import replicated, sharding
 from jaxref.model import head_rows
 from jaxref.precision import Device, Numerics
 from weights import Checkpoint, Expert, Layer
@@ -33,20 +35,24 @@ def warn_on_stderr(message: str) -> None:
 class Reader:
     """Reads parameters ahead of the computing, in a thread of its own, in the dtype of the precision.
 
-    With `as_stored`, matrices of a GGUF file want their activations rounded as its engine does.
+    They go to a device, or are split over a mesh of them. With `as_stored`, matrices of a GGUF file want their
+    activations rounded as its engine does. Without `read_ahead`, nothing is loaded before what came before it may go.
     """
+
+    resident = False  # whether all parameters stay on the device
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         numerics: Numerics,
-        device: Device | None,
+        device: Device | Mesh | None,
         warn: Warn = warn_on_stderr,
         *,
         as_stored: bool = False,
+        read_ahead: bool = True,
     ) -> None:
         self.checkpoint, self.numerics, self.device, self.warn = checkpoint, numerics, device, warn
-        self._as_stored = as_stored
+        self._as_stored, self._read_ahead = as_stored, read_ahead
         self._pool = ThreadPoolExecutor(1, "jaxref-read")
         self._buffers = Buffers()
 
@@ -57,7 +63,10 @@ class Reader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def ahead(self, jobs: Iterator[Callable[[], Any]]) -> Iterator[Any]:
-        """Results of the jobs in order, one of them always on its way."""
+        """Results of the jobs in order, one of them always on its way, or each only when it is asked for."""
+        if not self._read_ahead:
+            yield from (job() for job in jobs)
+            return
         job = next(jobs, None)
         coming = None if job is None else self._pool.submit(job)
         while coming is not None:
@@ -69,21 +78,29 @@ class Reader:
     def embed(self, tokens: list[int]) -> Array:
         """[S, D]: the embedding of these tokens; only their rows are read."""
         ids, places = np.unique(np.asarray(tokens), return_inverse=True)
-        table = self._load("model.embed_tokens.weight", self.checkpoint.embedding_rows(ids))
+        table = self._load("model.embed_tokens.weight", self.checkpoint.embedding_rows(ids), whole=True)
         self.checkpoint.release()
         return ops.embed(jnp.asarray(places), table, numerics=self.numerics)
 
     def final_norm(self, hidden: Array) -> Array:
         """[S, D]: the norm before the head."""
-        weight = self.parameters("model.norm.weight", self.checkpoint.norm())
-        return ops.rms_norm(hidden, weight, eps=self.checkpoint.config.rms_norm_eps, numerics=self.numerics)
+        return ops.rms_norm(hidden, self.norm(), eps=self.checkpoint.config.rms_norm_eps, numerics=self.numerics)
 
-    def logits(self, x: Array) -> np.ndarray:
+    def logits(self, x: Array) -> np.ndarray | Array:
         """[S, V]: the head on normed rows [S, D], read in blocks."""
         self.forget()
+        # `map` lets go of a block before it asks for the next.
+        made = map(lambda block: np.asarray(ops.linear(x, block, numerics=self.numerics)), self.head())
+        return np.concatenate(list(made), axis=-1)
+
+    def norm(self) -> Array:
+        """[D]: the weight of the final norm."""
+        return self.parameters("model.norm.weight", self.checkpoint.norm())
+
+    def head(self) -> Iterator[Matrix]:
+        """The output projection in blocks of the vocabulary, one of them always on its way."""
         views = self.checkpoint.head_blocks(head_rows(self.checkpoint.config))
-        blocks = self.ahead(partial(self.parameters, self.checkpoint.head_name, view) for view in views)
-        return np.concatenate([np.asarray(ops.linear(x, b, numerics=self.numerics)) for b in blocks], axis=-1)
+        return self.ahead(partial(self.parameters, self.checkpoint.head_name, view) for view in views)
 
     def forget(self) -> None:
         """Give up the memory of the layers, before something of other shapes is read."""
@@ -94,6 +111,10 @@ class Reader:
         loaded = jax.tree.map(self._matrix, names, views)
         self.checkpoint.release()
         return loaded
+
+    def layers(self, count: int) -> Iterator[Layer]:
+        """The first `count` layers in their order."""
+        return self.ahead(partial(self.layer, i) for i in range(count))
 
     def layer(self, index: int) -> Layer:
         """The parameters of one layer."""
@@ -115,16 +136,20 @@ class Reader:
         loaded = self._load(name, view)
         return loaded if kind is None else Weight(loaded, kind)
 
-    def _load(self, name: str, view: np.ndarray) -> Array:
+    def _load(self, name: str, view: np.ndarray, *, whole: bool = False) -> Array:
+        """A copy on the device; of a mesh each device takes its part, or with `whole` all of it."""
         copy = self._buffers.take(view.shape, self.numerics.compute)
-        np.copyto(copy, view, casting="unsafe")
-        # One pass: a NaN or an Inf anywhere makes the sum so; only then are they counted.
-        with np.errstate(all="ignore"):
-            suspicious = copy.size and not np.isfinite(copy.sum(dtype=self.numerics.wide))
-        if suspicious:
+        if not self.checkpoint.copy(view, copy):
             self._report(view, copy, name)
         with self.numerics.context():
-            return jax.device_put(copy, self.device)
+            # Without the wait, the copy could be written over while it is on its way. It is the reader's thread that
+            # waits, so the transfer still runs under the computing. (On a CPU the copy itself becomes the array.)
+            return jax.device_put(copy, self._place(name, copy.shape, whole)).block_until_ready()
+
+    def _place(self, name: str, shape: tuple[int, ...], whole: bool) -> Any:
+        if not isinstance(self.device, Mesh):
+            return self.device
+        return replicated(self.device) if whole else sharding(self.device, name, shape, self.checkpoint.config)
 
     def _report(self, view: np.ndarray, copy: np.ndarray, name: str) -> None:
         bad = int((~np.isfinite(copy)).sum())

@@ -8,6 +8,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxref.model import Piece, Pieces, Place, Routing, decoder_layer
 from jaxref.precision import Device, Numerics
@@ -22,35 +23,45 @@ def stream(
     tokens: list[int],
     selection: Selection,
     numerics: Numerics,
-    device: Device | None = None,
+    device: Device | Mesh | None = None,
     *,
     warn: Warn = warn_on_stderr,
     progress: Callable[[int], None] = lambda layer: None,
     as_stored: bool = False,
+    read_ahead: bool = True,
+) -> Iterator[tuple[int | None, Piece]]:
+    """`trace` of a checkpoint whose parameters are read on the way: at most two layers are in memory."""
+    with Reader(checkpoint, numerics, device, warn, as_stored=as_stored, read_ahead=read_ahead) as reader:
+        yield from trace(reader, tokens, selection, progress)
+
+
+def trace(
+    source: Reader, tokens: list[int], selection: Selection, progress: Callable[[int], None] = lambda layer: None
 ) -> Iterator[tuple[int | None, Piece]]:
     """Every stage of a prefill with its layer (None: whole model), in computation order, as it comes to exist.
 
     Computes as many layers as the selection needs. The head is computed for the selected positions alone, so `lm_head`
-    has one row for each of them. Parameters of at most two layers are in memory.
+    has one row for each of them.
     """
-    config = checkpoint.config
+    config, numerics = source.checkpoint.config, source.numerics
     positions = jnp.arange(len(tokens))
     rows = selection.rows(STAGES["moe_expert_out"])
     keep = np.arange(len(tokens)) if rows is None else np.asarray(rows)
-    with Reader(checkpoint, numerics, device, warn, as_stored=as_stored) as reader:
-        hidden = reader.embed(tokens)
-        yield 0, Piece("embedding", hidden)
-        layers = (partial(reader.layer, i) for i in range(selection.depth()))
-        for index, layer in enumerate(reader.ahead(layers)):
-            place = Place(config, index, numerics)
-            routing = Routing(partial(reader.experts, index), keep)
-            hidden = yield from _at(index, decoder_layer(layer, hidden, positions, place, routing))
+    hidden = source.embed(tokens)
+    yield 0, Piece("embedding", hidden)
+    layers = source.layers(selection.depth())
+    for index in range(selection.depth()):  # `enumerate` would hold a layer until it has the next
+        layer = next(layers)
+        place = Place(config, index, numerics)
+        routing = Routing(partial(source.experts, index), keep)
+        hidden = yield from _at(index, decoder_layer(layer, hidden, positions, place, routing))
+        if not source.resident:
             # Dispatch is asynchronous: without a wait here, all layers would be read before one is computed.
             hidden.block_until_ready()
-            del layer
-            progress(index)
-        if selection.wants(None, "final_norm") or selection.wants(None, "lm_head"):
-            yield from _head(reader, hidden, selection)
+        del layer
+        progress(index)
+    if selection.wants(None, "final_norm") or selection.wants(None, "lm_head"):
+        yield from _head(source, hidden, selection)
 
 
 def _at(layer: int, pieces: Pieces) -> Generator[tuple[int, Piece], None, Array]:
@@ -63,11 +74,11 @@ def _at(layer: int, pieces: Pieces) -> Generator[tuple[int, Piece], None, Array]
         yield layer, piece
 
 
-def _head(reader: Reader, hidden: Array, selection: Selection) -> Iterator[tuple[None, Piece]]:
+def _head(source: Reader, hidden: Array, selection: Selection) -> Iterator[tuple[None, Piece]]:
     """`final_norm` for all positions and `lm_head` for the selected ones."""
-    x = reader.final_norm(hidden)
+    x = source.final_norm(hidden)
     yield None, Piece("final_norm", x)
     if selection.wants(None, "lm_head"):
         rows = selection.rows(STAGES["lm_head"])
-        logits = reader.logits(x if rows is None else x[np.asarray(rows)])
+        logits = source.logits(x if rows is None else x[np.asarray(rows)])
         yield None, Piece("lm_head", logits, selected=True)  # type: ignore[arg-type]

@@ -44,10 +44,12 @@ def run_replay(options: dict[str, Any], *, explained: bool) -> int:
     checkpoint, tokens = _asked(model, options)
     from jaxref import show
     from jaxref.__main__ import use_compilation_cache
+    from jaxref.devices import prepare
     from oracle import told
     from oracle.explain import Explained, explain
     from oracle.localize import localize
 
+    prepare("cpu")
     use_compilation_cache()
     with show.progress_bar(checkpoint.config.num_hidden_layers, quiet=as_json) as progress:
         if explained:

@@ -6,6 +6,7 @@ import re
 from functools import partial
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 

@@ -25,6 +25,7 @@ def write_tree(
     form: str = "aprt",
     convention: str = "canonical",
     as_stored: bool = False,
+    max_memory: int | None = None,
     **options,
 ) -> Report:
     """Dump with options as people type them."""
@@ -46,6 +47,7 @@ def write_tree(
         form,
         convention=convention,
         as_stored=as_stored,
+        max_memory=max_memory,
     )
     return dump(job, **options)
 

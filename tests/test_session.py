@@ -1,0 +1,214 @@
+"""A resident model gives the bytes of a dump; and what a GPU needs of us, shown with stand-ins for one."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jaxref
+from jaxref import devices, model
+from jaxref import dump as dumping
+from jaxref import reader as reading
+from jaxref.devices import DETERMINISTIC, out_of_memory_in_words, prepare
+from jaxref.precision import numerics_of
+from jaxref.reader import Reader
+from jaxref.session import Session
+from jaxref.stream import stream
+from tests.conftest import prompt
+from tests.trees import flat, tree_bytes, write_tree
+from weights import EMBEDDED, UserError, open_checkpoint
+
+TOKENS = prompt(20, 272)
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3", "moe-64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_a_session_has_the_bytes_of_a_dump(zoo, tmp_path, name: str, dtype: str) -> None:
+    folder = zoo(name)
+    write_tree(folder, tmp_path / "tree", TOKENS, positions="all", dtype=dtype, form="safetensors")
+    with Session(folder, dtype) as session:
+        session.forward(TOKENS[:3])  # what came before leaves no trace
+        trace = flat(session.forward(TOKENS))
+    files = {str(p.relative_to(tmp_path / "tree").with_suffix("")): p for p in tmp_path.rglob("*.safetensors")}
+    assert trace.keys() == files.keys()
+    for key, path in files.items():
+        (stored,) = load_file(path).values()
+        assert (trace[key].dtype, trace[key].shape) == (stored.dtype, stored.shape), key
+        assert trace[key].tobytes() == stored.tobytes(), key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_blocks_of_query_rows_are_joined(zoo, monkeypatch, dtype: str) -> None:
+    with Session(zoo("qwen2"), dtype) as session:
+        whole = flat(session.forward(TOKENS))
+        monkeypatch.setattr(model, "SCORES_IN_BLOCK", 6 * 20 * 7)
+        blocks = flat(session.forward(TOKENS))
+    assert blocks["layer-3/attn_softmax"].dtype == dtype
+    for key, value in whole.items():
+        np.testing.assert_allclose(blocks[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+        assert blocks[key].shape == value.shape
+
+
+def test_a_session_writes_the_tree_of_the_command_line(zoo, tmp_path) -> None:
+    folder = zoo("moe")
+    write_tree(folder, tmp_path / "dumped", TOKENS, stages="moe_router,attn_scores,lm_head")
+    with Session(folder) as session:
+        report = session.dump(TOKENS, tmp_path / "session", stages="moe_router,attn_scores,lm_head")
+        assert np.argmax(report.logits) == np.argmax(session.forward(TOKENS)["lm_head"][-1])
+    assert tree_bytes(tmp_path / "session") == tree_bytes(tmp_path / "dumped")
+    manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("session", "dumped")]
+    assert manifests[0] == manifests[1].replace('"prompt": null', '"prompt": null')
+
+
+def test_parameters_are_read_once(zoo) -> None:
+    with Session(zoo("qwen2")) as session:
+        before = session.checkpoint.bytes_read
+        session.forward(TOKENS)
+        assert session.checkpoint.bytes_read - before == len(set(TOKENS)) * 72 * 4  # rows of the embedding
+
+
+def test_it_says_what_it_is_and_frees_its_memory() -> None:
+    before = alive()
+    session = jaxref.Session(open_checkpoint(EMBEDDED))
+    assert repr(session) == "<Session embedded: qwen2, 4 layers, float32 on cpu:0, 0.765 MB of parameters>"
+    assert alive() - before == 765472
+    with session:
+        pass
+    assert alive() == before
+    assert "closed" in repr(session)
+    with pytest.raises(UserError, match="the session is closed"):
+        session.forward([1])
+
+
+def alive() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_what_does_not_fit_is_told_before_anything_is_read() -> None:
+    checkpoint = open_checkpoint(EMBEDDED)
+    with pytest.raises(UserError, match=r"0.765 MB of parameters\), 0.5 MB may be used"):
+        Session(checkpoint, max_memory=500_000)
+    assert checkpoint.bytes_read == 0
+    with Session(checkpoint, max_memory=1_200_000) as session:
+        session.forward([1, 2, 3])
+        with pytest.raises(UserError, match=r"with 60 tokens needs .* may be used: take fewer tokens"):
+            session.forward(prompt(60, 272))
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "says"),
+    [
+        ({"dtype": "int8"}, [1], "dtype 'int8' is not known"),
+        ({"device": "cuda"}, [1], "--device cuda: JAX finds none"),
+        ({"mesh": "tp=1000"}, [1], "needs 1000 devices"),
+        ({"mesh": "pp=2"}, [1], "no axis 'pp'"),
+        ({}, [], "at least one token"),
+        ({}, [272], r"\[272\] are outside the vocabulary"),
+        ({}, np.array([-1]), "outside the vocabulary"),
+    ],
+)
+def test_wrong_use(options: dict, tokens, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Session("tiny", **options).forward(tokens)
+
+
+class Slow:
+    """An array on a device to which nothing has been transferred yet: that happens when somebody waits for it."""
+
+    def __init__(self, source: np.ndarray, device) -> None:
+        self.address, self.like, self.arrived = source.ctypes.data, np.empty_like(source), None
+
+    def block_until_ready(self) -> Slow:
+        ctypes.memmove(self.like.ctypes.data, self.address, self.like.nbytes)
+        self.arrived = self.like
+        return self
+
+
+def test_nothing_is_written_over_before_it_has_arrived(zoo, monkeypatch) -> None:
+    """The stand-in does not refer to what it is given, as a transfer under way would not have to."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it is no `jax.Array`
+    checkpoint = open_checkpoint(zoo("qwen2"))
+    monkeypatch.setattr(reading.jax, "device_put", Slow)
+    with Reader(checkpoint, numerics_of("float32"), None) as reader:
+        layers = list(reader.layers(4))
+    for index, layer in enumerate(layers):
+        np.testing.assert_array_equal(layer.up_proj.arrived, checkpoint.layer(index).up_proj)
+        np.testing.assert_array_equal(layer.k_proj.arrived, checkpoint.layer(index).k_proj)
+
+
+def test_values_start_home_as_soon_as_they_exist(zoo, tmp_path, monkeypatch) -> None:
+    """On a device that is no CPU, only what is wanted, each before the stage after it is computed."""
+    sent = []
+    monkeypatch.setattr(dumping, "_send_home", lambda piece: sent.append(piece.stage))
+    card = SimpleNamespace(platform="gpu", device_kind="a card", memory_stats=lambda: None)
+    monkeypatch.setattr(dumping.jax, "devices", lambda: [card])
+    monkeypatch.setattr(dumping.jax, "default_device", lambda device: nullcontext())
+    monkeypatch.setattr(dumping, "stream", lambda c, t, s, n, place, **options: stream(c, t, s, n, None, **options))
+    write_tree(zoo("qwen3"), tmp_path, TOKENS, stages="attn_norm,lm_head", layers="0..2")
+    assert sent == ["attn_norm", "attn_norm", "lm_head"]
+
+
+def test_what_is_set_for_a_gpu_and_what_is_kept(monkeypatch) -> None:
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(devices.jax.config, "update", lambda *words: seen.append(words))
+    environment: dict[str, str] = {}
+    prepare("cpu", environment)
+    prepare("cpu", {"JAX_PLATFORMS": "cuda,cpu"})
+    assert (seen, environment) == ([("jax_platforms", "cpu")], {})
+    prepare("cuda", environment)
+    assert environment == {
+        "XLA_FLAGS": DETERMINISTIC,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_CLIENT_MEM_FRACTION": "0.95",
+    }
+    kept = {"XLA_FLAGS": "--a --xla_gpu_deterministic_ops=false", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
+    kept |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    environment = dict(kept)
+    prepare("cuda", environment)
+    assert environment == kept
+    environment = {"XLA_FLAGS": "--xla_dump_to=x"}
+    prepare("cuda", environment)
+    assert environment["XLA_FLAGS"] == f"--xla_dump_to=x {DETERMINISTIC}"
+
+
+def test_the_command_line_sets_it_before_jax_starts_and_an_import_does_not() -> None:
+    """XLA ends the process where a flag is unknown to it, so this also shows that the installed one knows it."""
+    script = """
+import os, jax, jaxref, jaxref.__main__ as cli
+from jax._src import xla_bridge
+assert "XLA_FLAGS" not in os.environ
+seen, find = [], jax.devices
+def watched(*names):
+    seen.append((os.environ.get("XLA_FLAGS"), xla_bridge.backends_are_initialized()))
+    return find(*names)
+jax.devices = watched
+try:
+    cli.main(["dump", "tiny", "--device", "cuda", "--output", "/nowhere/at/all"], standalone_mode=False)
+except Exception as error:
+    assert "JAX finds none" in str(error), error
+assert seen == [("--xla_gpu_deterministic_ops=true", False)], seen
+find("cpu")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=clean_environment())
+
+
+def clean_environment() -> dict[str, str]:
+    import os
+
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def test_a_full_device_is_one_line() -> None:
+    with pytest.raises(UserError, match="memory is full"), out_of_memory_in_words():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), out_of_memory_in_words():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
