@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from weights import UserError
+from weights.files import regular
 
 MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF
@@ -41,7 +42,7 @@ def read_aprt(path: Path) -> tuple[int | None, np.ndarray]:
     Raises `UserError` where the file is missing, no APRT file, or longer or shorter than its header says.
     """
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         with path.open("rb") as file:
             head = file.read(HEADER.size)
     except OSError as error:

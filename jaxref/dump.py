@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxref.activations import coarsest_activation
+from jaxref.devices import described, memory_limit, out_of_memory_in_words
+from jaxref.memory import WAITING, MemoryPlan, plan_memory, workspace
+from jaxref.mesh import TENSOR
 from jaxref.model import Piece
 from jaxref.precision import PRECISION, Device, Numerics
+from jaxref.reader import Reader
 from jaxref.selection import Selection, take_rows
 from jaxref.stage_file import StageFile
 from jaxref.stages import STAGES, keys_of
-from jaxref.stream import stream
+from jaxref.stream import stream, trace
 from jaxref.tree import SUFFIXES, Tree, stage_path
+from jaxref.writing import naming
 from weights import Checkpoint, UserError
 
-# Bytes of computed values that may wait for the disk; more, and the computing waits.
-WAITING = 64 << 20
 WRITERS = 2
 STAGE_ORDER = {name: place for place, name in enumerate(STAGES)}
 Offer = Callable[[int | None, Piece], None]  # layer (None: whole model) and a stage's value
@@ -48,6 +51,14 @@ class Job:
     convention: str = "canonical"  # "apr": zeros above the diagonal of the scores, as that engine writes them
     device: Device | None = None  # None: where JAX would compute anyway
     as_stored: bool = False  # round activations as an engine does before weights stored so
+    mesh: Mesh | None = None  # several devices, of which `device` is the first
+    max_memory: int | None = None  # bytes on a device; None: 90 % of what is free there, if JAX knows it
+
+    def memory(self) -> MemoryPlan:
+        """What the job needs on a device while the layers are streamed."""
+        ways = 1 if self.mesh is None else self.mesh.shape[TENSOR]
+        platform = "cpu" if self.device is None else self.device.platform
+        return plan_memory(self.selection, self.numerics, ways=ways, workspace=workspace(platform))
 
     def run(self, producer: str, packages: Sequence[str], device: dict[str, Any], precision: str) -> dict[str, Any]:
         """What the bytes depend on, as JSON values; the head of the manifest."""
@@ -89,31 +100,37 @@ class Report:
     logits: np.ndarray | None = None  # [V]
 
 
-def dump(job: Job, *, progress: Progress = lambda layer: None, **options: Any) -> Report:
+def dump(job: Job, *, progress: Progress = lambda layer: None, source: Reader | None = None, **options: Any) -> Report:
     """Write the tree of a job. Raises `UserError` before anything is written where it can't be.
 
-    `progress` is called with each layer that is done. `warn` among the options takes warnings about weights.
+    `progress` is called with each layer that is done. `warn` among the options takes warnings about weights. A `source`
+    that holds the parameters already is used in place of the checkpoint's files.
     """
     device = job.device or jax.devices()[0]
-    where = {"platform": device.platform, "kind": device.device_kind, "cpus": os.cpu_count()}
+    job = replace(job, device=device)
 
     def feed(offer: Offer) -> None:
-        with job.numerics.context(), jax.default_device(job.device):
-            for layer, piece in stream(
-                job.checkpoint,
-                job.tokens,
-                job.selection,
-                job.numerics,
-                job.device,
-                progress=progress,
-                as_stored=job.as_stored,
-                **options,
-            ):
+        with out_of_memory_in_words(), job.numerics.context(), jax.default_device(device):
+            for layer, piece in pieces:
+                if device.platform != "cpu" and job.selection.wants(layer, piece.stage):
+                    _send_home(piece)
                 offer(layer, piece)
 
-    report = write_tree(job, job.run("jaxref", PACKAGES, where, PRECISION.name), feed)
+    if source is None:
+        plan, place = job.memory().fit(memory_limit(device, job.max_memory)), device if job.mesh is None else job.mesh
+        options |= {"progress": progress, "as_stored": job.as_stored, "read_ahead": plan.read_ahead}
+        pieces = stream(job.checkpoint, job.tokens, job.selection, job.numerics, place, **options)
+    else:
+        pieces = trace(source, job.tokens, job.selection, progress)
+    report = write_tree(job, job.run("jaxref", PACKAGES, described(device, job.mesh), PRECISION.name), feed)
     report.read = job.checkpoint.bytes_read
     return report
+
+
+def _send_home(piece: Piece) -> None:
+    """Begin to bring a value back from the device, under the computing that follows."""
+    if isinstance(piece.value, jax.Array):  # what goes on inside experts is on this side already
+        piece.value.copy_to_host_async()
 
 
 def write_tree(job: Job, run: dict[str, Any], feed: Callable[[Offer], None]) -> Report:
@@ -128,15 +145,21 @@ def write_tree(job: Job, run: dict[str, Any], feed: Callable[[Offer], None]) -> 
     if outside := [t for t in job.tokens if not 0 <= t < job.checkpoint.config.vocab_size]:
         size = job.checkpoint.config.vocab_size
         raise UserError(f"token ids {outside[:8]} are outside the vocabulary, which has ids 0 to {size - 1}")
-    tree = Tree(job.output, run)
-    tree.check(job.paths(), job.selection.size(job.itemsize()))
-    tree.begin()
-    with Writer(job, tree) as writer:
-        feed(writer.offer)
-    written = {entry["path"]: entry for entry in writer.entries}
-    if missing := [path for path in job.paths() if path not in written]:
-        raise UserError(f"{job.output}: {missing[0]} and {len(missing) - 1} others were not made; there is no manifest")
-    manifest = tree.finish([stage_path(*key, job.form) for key in keys_of(job.checkpoint.config)])
+    with Tree(job.output, run, job.paths(), job.selection.size(job.itemsize())) as tree:
+        writer = Writer(job, tree)
+        try:
+            feed(writer.offer)
+            writer.finish()
+        except BaseException as error:
+            writer.stop(error)
+            raise
+        written = {entry["path"]: entry for entry in writer.entries}
+        if missing := [path for path in job.paths() if path not in written]:
+            others = f"{missing[0]} and {len(missing) - 1} others"
+            raise UserError(f"{job.output}: {others} were not made; no manifest tells of this dump")
+        for file in job.checkpoint.files.values():
+            file.check()  # whatever engine read it: the manifest is about the bytes that were opened
+        manifest = tree.finish([stage_path(*key, job.form) for key in keys_of(job.checkpoint.config)])
     files = [written[path] for path in job.paths()]
     size = sum((job.output / entry["path"]).stat().st_size for entry in files)
     return Report(manifest, files, size, logits=writer.logits)
@@ -145,7 +168,7 @@ def write_tree(job: Job, run: dict[str, Any], feed: Callable[[Offer], None]) -> 
 class Writer:
     """Writes pieces beside the computing, those of one file in the order they come.
 
-    A fault while writing is raised at the next `put`, or at the end.
+    A fault while writing is raised at the next `put`, or by `finish`; one of the two, `finish` or `stop`, is its end.
     """
 
     def __init__(self, job: Job, tree: Tree) -> None:
@@ -155,12 +178,10 @@ class Writer:
         # Several single threads and not one pool: the blocks of a file must keep their order.
         self._pools = [ThreadPoolExecutor(1, "jaxref-write") for _ in range(WRITERS)]
         self._room = threading.Condition()
-        self._waiting = 0
+        self._waiting = 0  # bytes
+        self._busy = 0  # threads
         self._files: dict[tuple[int | None, str], StageFile] = {}
         self._failed: BaseException | None = None
-
-    def __enter__(self) -> Writer:
-        return self
 
     def offer(self, layer: int | None, piece: Piece) -> None:
         """Take a piece if it is wanted; of `lm_head` keep the last row in any case."""
@@ -181,13 +202,17 @@ class Writer:
         self._pools[place % WRITERS].submit(self._work, layer, piece)
 
     def _work(self, layer: int | None, piece: Piece) -> None:
+        with self._room:
+            self._busy += 1
         try:
             if not self._failed:
-                self._write(layer, piece)
+                with naming(self.job.output / stage_path(layer, piece.stage, self.job.form)):
+                    self._write(layer, piece)
         except BaseException as error:  # noqa: BLE001 - carried over to the thread that waits
             self._failed = error
         finally:
             with self._room:
+                self._busy -= 1
                 self._waiting -= piece.value.nbytes
                 self._room.notify_all()
 
@@ -206,19 +231,33 @@ class Writer:
             self._files[key] = StageFile(self.job.output, stage, layer, shape, self.job.form, value.dtype)
         if self._files[key].write(value):
             file = self._files.pop(key)
-            entry = file.close()
+            entry = file.close(self.tree.stated(file.path))
             self.tree.add(entry)
             self.entries.append(entry)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._failed = self._failed or InterruptedError()
+    def finish(self) -> None:
+        """Wait until all is written; of a file whose rows did not all come, nothing is left. Raises what went wrong."""
         for pool in self._pools:
-            pool.shutdown(wait=True)
+            pool.shutdown()
+        self._discard()
+        if self._failed:
+            raise self._failed
+
+    def stop(self, error: BaseException) -> None:
+        """Drop what is not begun, wait for what is, and leave no half file.
+
+        `shutdown` does not tell when that is: Ctrl-C in it, or where a thread starts, makes Python forget the thread.
+        """
+        self._failed = self._failed or error
+        with self._room:
+            self._room.wait_for(lambda: not self._busy)
+        self._discard()
+        for pool in self._pools:
+            pool.shutdown(wait=False)
+
+    def _discard(self) -> None:
         for file in self._files.values():
             file.discard()
-        if kind is None and self._failed:
-            raise self._failed
 
 
 def describe_plan(job: Job) -> list[dict[str, Any]]:

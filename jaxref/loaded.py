@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from jaxref.aprt import read_aprt
 from jaxref.stages import ALIASES, STAGES
 from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest
 from weights import UserError
-from weights.safetensors_file import DTYPES, SafetensorsFile
+from weights.errors import brief, plain
+from weights.safetensors_file import MOST_AXES, SafetensorsFile
 
 _ORDER = {name: place for place, name in enumerate(STAGES)}
 _FIGURES = ("min", "max", "rms")
+_LAYER = re.compile(r"layer-([0-9]{1,9})")
 
 
 class NotThere(UserError, KeyError):
@@ -120,11 +121,12 @@ class LoadedTree(Mapping[str, LoadedLayer | Named]):
             raise UserError(f"{folder}: its dump was not finished; run the same dump again")
         stated = (self.manifest or {}).get("files", [])
         self._entries = {str(entry.get("path")): entry for entry in stated if isinstance(entry, dict)}
-        self._layers = {
-            f"layer-{index}": LoadedLayer(self, index, files)
-            for index, path in _layer_folders(folder)
-            if (files := _stage_files(path))
-        }
+        self._layers: dict[str, LoadedLayer] = {}
+        for index, path in _layer_folders(folder):
+            if files := _stage_files(path):
+                if f"layer-{index}" in self._layers:
+                    raise UserError(f"{folder}: layer-{index} and {path.name} are the same layer; remove one of them")
+                self._layers[f"layer-{index}"] = LoadedLayer(self, index, files)
         self._whole = LoadedLayer(self, None, _stage_files(folder))
         if not self._layers and not self._whole:
             raise UserError(f"{folder}: holds no stage's file, like layer-0/attn_norm.bin")
@@ -149,7 +151,7 @@ class LoadedTree(Mapping[str, LoadedLayer | Named]):
     def __repr__(self) -> str:
         known = self.manifest or {}
         facts = [str(known[key]) for key in ("producer", "model", "dtype") if key in known] or ["no manifest"]
-        facts += [f"{len(known['tokens'])} tokens"] if "tokens" in known else []
+        facts += [f"{len(tokens)} tokens"] if (tokens := known.get("tokens")) else []
         count = sum(map(len, self._layers.values())) + len(self._whole)
         names = [*self._layers]
         names = names if len(names) < 4 else [names[0], "…", names[-1]]
@@ -163,11 +165,12 @@ class LoadedTree(Mapping[str, LoadedLayer | Named]):
         if "shape" not in entry:
             return Named(name, values, None)
         shape, axes = entry["shape"], entry.get("axes")
-        whole = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
+        whole = isinstance(shape, list) and len(shape) <= MOST_AXES and all(type(n) is int and n >= 0 for n in shape)
         named = axes is None or (isinstance(axes, list) and len(axes) == len(shape if whole else ()))
         if not (whole and named and math.prod(shape) == values.size):
-            raise UserError(f"{path}: holds {values.size} values, and {MANIFEST} says shape {shape}, axes {axes}")
-        figures = {key: entry[key] for key in _FIGURES if isinstance(entry.get(key), int | float)}
+            stated = f"shape {brief(shape)}, axes {brief(axes)}"
+            raise UserError(f"{path}: holds {values.size} values, and {MANIFEST} says {stated}")
+        figures = {key: entry[key] for key in _FIGURES if isinstance(entry.get(key), float)}
         return Named(name, values.reshape(shape), None if axes is None else tuple(map(str, axes)), figures)
 
 
@@ -185,8 +188,8 @@ def _canonical(stage: str) -> str:
 
 
 def _layer_folders(folder: Path) -> list[tuple[int, Path]]:
-    names = ((path.name.removeprefix("layer-"), path) for path in folder.glob("layer-*"))
-    return sorted((int(number), path) for number, path in names if number.isdecimal())
+    found = ((_LAYER.fullmatch(path.name), path) for path in folder.glob("layer-*"))
+    return sorted((int(name[1]), path) for name, path in found if name)
 
 
 def _stage_files(folder: Path) -> dict[str, Path]:
@@ -197,7 +200,8 @@ def _stage_files(folder: Path) -> dict[str, Path]:
             continue
         name = _canonical(path.stem)
         if name in found:
-            raise UserError(f"{folder}: {found[name].name} and {path.name} are the same stage; remove one of them")
+            names = f"{plain(found[name].name)} and {plain(path.name)}"
+            raise UserError(f"{folder}: {names} are the same stage; remove one of them")
         found[name] = path
     return found
 
@@ -219,9 +223,4 @@ def _safetensors(path: Path) -> np.ndarray:
     if len(file.entries) != 1:
         raise UserError(f"{path}: holds {len(file.entries)} tensors; a stage's file holds one")
     (name,) = file.entries
-    if file.entries[name]["dtype"] in DTYPES:
-        return file.tensor(name)
-    try:
-        return load_file(path)[name]  # the experts' ids: small, so they are read whole
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not readable: {error}") from None
+    return file.tensor(name)

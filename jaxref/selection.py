@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxref.stages import STAGES, Key, Stage, keys_of, stage_named
 from weights import Config, UserError
+from weights.errors import brief
+
+# Plain digits: `int` also takes 1_0, and the digits of every script.
+_NUMBER = re.compile(r"\s*-?[0-9]{1,12}\s*")
 
 
 def parse_stages(text: str, config: Config) -> tuple[str, ...]:
@@ -18,11 +23,17 @@ def parse_stages(text: str, config: Config) -> tuple[str, ...]:
         return tuple(name for name in STAGES if name in present)
     words = text.split(",")
     if not all(word.strip() for word in words):
-        raise UserError(f"stages {text!r}: an empty name between commas; stages are {', '.join(present)}")
+        raise UserError(f"stages {brief(text)}: an empty name between commas; stages are {', '.join(present)}")
     names = {stage_named(word).name for word in words}
     if absent := [name for name in STAGES if name in names and name not in present]:
         raise UserError(f"{config.model_type} has no stage {', '.join(absent)}; it has {', '.join(present)}")
     return tuple(name for name in STAGES if name in names)
+
+
+def _number(word: str) -> int:
+    if not _NUMBER.fullmatch(word):
+        raise ValueError(word)
+    return int(word)
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
@@ -32,18 +43,18 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
         return tuple(range(count))
     try:
         if ".." in text:
-            start, end = (int(part) for part in text.split(".."))
+            start, end = (_number(part) for part in text.split(".."))
             if end <= start:
-                raise UserError(f"layers {text!r}: END must be greater than START (END is not included)")
+                raise UserError(f"layers {brief(text)}: END must be greater than START (END is not included)")
             layers = range(start, end)
         else:
-            layers = [int(part) for part in text.split(",")]
+            layers = [_number(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"layers {text!r}: all, START..END or a comma list like 0,3,7 was expected") from None
+        raise UserError(f"layers {brief(text)}: all, START..END or a comma list like 0,3,7 was expected") from None
     # A range of billions is refused by its ends, not walked through.
     ends = (layers[0], layers[-1]) if isinstance(layers, range) else layers
     if min(ends) < 0 or max(ends) >= count:
-        raise UserError(f"layers {text!r}: this model has layers 0 to {count - 1}, that is 0..{count}")
+        raise UserError(f"layers {brief(text)}: this model has layers 0 to {count - 1}, that is 0..{count}")
     return tuple(sorted(set(layers)))
 
 
@@ -54,9 +65,9 @@ def parse_positions(text: str | None, count: int) -> tuple[int, ...] | str | Non
     if text.strip().lower() == "last":
         return (count - 1,)
     try:
-        positions = [int(part) for part in text.split(",")]
+        positions = [_number(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"positions {text!r}: all, last or a comma list like 5,6 was expected") from None
+        raise UserError(f"positions {brief(text)}: all, last or a comma list like 5,6 was expected") from None
     if outside := [p for p in positions if not 0 <= p < count]:
         raise UserError(f"positions {outside} lie outside the prompt, which has positions 0 to {count - 1}")
     return tuple(sorted(set(positions)))

@@ -13,6 +13,8 @@ import numpy as np
 from jaxref.aprt import aprt_header, safetensors_header
 from jaxref.stages import Stage
 from jaxref.tree import stage_path
+from jaxref.writing import temporary_of
+from weights import UserError
 
 CHUNK = 1 << 16  # numbers that stay in the cache while they are summed
 
@@ -71,13 +73,13 @@ class StageFile:
         self.dtype = np.dtype(np.float32) if form == "aprt" else np.dtype(dtype)
         self.path = stage_path(layer, stage.name, form)
         self._target = folder / self.path
-        self._temporary = self._target.with_name(f".{self._target.name}.tmp")
+        self._temporary = temporary_of(self._target)
         self._header = (
             aprt_header(layer, shape) if form == "aprt" else safetensors_header(stage.name, layer, shape, self.dtype)
         )
         self._figures, self._row, self._digest = Figures(), 0, hashlib.sha256()
         self._target.parent.mkdir(exist_ok=True)
-        self._file = self._temporary.open("w+b")
+        self._file = self._temporary.open("x+b")
         try:
             self._put(self._header)
         except BaseException:
@@ -112,12 +114,21 @@ class StageFile:
             self._file.seek(0)
             self._digest = hashlib.file_digest(self._file, "sha256")
 
-    def close(self) -> dict[str, Any]:
-        """Rename the file to its name and return its line of the manifest."""
+    def close(self, stated: str | None = None) -> dict[str, Any]:
+        """Rename the file to its name and return its line of the manifest.
+
+        Raises `UserError` where its SHA-256 is not the `stated` one; the file of that name then stays as it is.
+        """
+        digest = self._digest.hexdigest()
         try:
             self._file.close()
+            if stated not in (None, digest):
+                raise UserError(
+                    f"{self._target}: other bytes than its manifest says came out: other weights under the same header,"
+                    " or another machine; choose another --output"
+                )
             self._temporary.replace(self._target)
-        except OSError:
+        except BaseException:
             self.discard()
             raise
         return {
@@ -127,7 +138,7 @@ class StageFile:
             "shape": list(self.shape),
             "axes": list(self.stage.axes),
             "dtype": self.dtype.name,
-            "sha256": self._digest.hexdigest(),
+            "sha256": digest,
             **self._figures.to_json(),
         }
 
@@ -135,4 +146,5 @@ class StageFile:
         """Leave nothing of an unfinished file."""
         with suppress(OSError):  # what is still buffered may not fit on the disk either
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the fault that led here is the one to tell; the next dump looks for what is left
+            self._temporary.unlink(missing_ok=True)

@@ -7,16 +7,23 @@ says whose it is, so that the same command can finish it and another one cannot 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from jaxref.writing import locked, temporary_of, write_json
 from weights import UserError
+from weights.files import read_json
 
 SCHEMA = "jaxref-tree-v1"
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished.json"
+# A file of a tree: what another spelling names may lie outside the folder.
+_PATH = re.compile(r"(layer-[0-9]{1,9}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 SUFFIXES = {"aprt": "bin", "safetensors": "safetensors"}
 # What may differ between two dumps into one folder: words for people, not what the bytes depend on.
 _WORDS = ("prompt", "model")
@@ -29,54 +36,102 @@ def stage_path(layer: int | None, stage: str, form: str = "aprt") -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a tree; None where there is none. Raises `UserError` for a broken or newer one."""
+    """The manifest of a tree; None where there is none. Raises `UserError` for a broken or newer one.
+
+    What it says of files is about paths below the folder; nobody opens a file because a manifest names it.
+    """
     return _read_json(folder / MANIFEST)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not isinstance(found.get("files", []), list):
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or found.get("files", []) is None:
         raise UserError(f"{path}: not a manifest of this version ({SCHEMA})")
+    for key, (known, what) in _LISTS.items():
+        stated = found.get(key)
+        if stated is not None and not (isinstance(stated, list) and all(map(known, stated))):
+            raise UserError(f"{path}: its {key} are no list of {what}")
     return found
 
 
+def _is_entry(entry: Any) -> bool:
+    path = entry.get("path") if isinstance(entry, dict) else None
+    return isinstance(path, str) and _PATH.fullmatch(path) is not None
+
+
+def _is_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token < 1 << 32
+
+
+# What a manifest lists, where it does.
+_LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "files": (_is_entry, "entries with a path below the folder"),
+    "weights": (lambda file: isinstance(file, dict), "objects"),
+    "tokens": (_is_id, "ids"),
+}
+
+
 class Tree:
-    """The folder of one dump while it is written. `run` says what its bytes depend on, as JSON values."""
+    """The folder of one dump while it is written; nobody else writes there between `with` and its end.
 
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        self.folder = folder
+    `run` says what its bytes depend on, as JSON values; `paths` are the files to be written, `size` their bytes.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], paths: Iterable[str], size: int) -> None:
+        self.folder, self.paths, self._size = folder, list(paths), size
         self.run = {"schema": SCHEMA, **run}
+        self._stated: dict[str, dict[str, Any]] = {}  # the manifest's lines before this dump
         self._entries: dict[str, dict[str, Any]] = {}
+        self._begun: list[str] = []  # files of dumps that did not end
 
-    def check(self, paths: Iterable[str], size: int) -> None:
-        """Raise `UserError` where this dump must not be written here; nothing is touched.
+    def __enter__(self) -> Tree:
+        """Make the folder, lock it and say whose it is.
 
-        `paths` are the files to be written, `size` their bytes.
+        Raises `UserError` where this dump must not be written here; then nothing is touched.
         """
+        self._check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as until:
+            until.enter_context(locked(self.folder, self._other))
+            self._check()  # again: another dump may have begun or ended before the lock was ours
+            self._begin()
+            self._until = until.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._until.close()
+
+    def _other(self) -> str:
+        begun = _read_json(self.folder / UNFINISHED) or {}
+        return f"another dump (pid {begun['pid']})" if isinstance(begun.get("pid"), int) else "another dump"
+
+    def _check(self) -> None:
         for parent in (self.folder, *self.folder.parents):
+            if parent.is_symlink() and not parent.exists():
+                raise UserError(f"{parent}: is a symbolic link to nothing; choose another --output")
             if parent.exists() and not parent.is_dir():
                 raise UserError(f"{parent}: is a file, not a folder; choose another --output")
-        paths = list(paths)
-        before = read_manifest(self.folder) or _read_json(self.folder / UNFINISHED)
-        there = [path for path in paths if (self.folder / path).exists()]
-        if before is not None:
-            self._same_run(before)
-            self._entries = {entry["path"]: entry for entry in before.get("files", [])}
-        elif there:
+        manifest, begun = read_manifest(self.folder), _read_json(self.folder / UNFINISHED)
+        for before in (manifest, begun):
+            if before is not None:
+                self._same_run(before)
+        self._stated, self._begun = _files(manifest), list(_files(begun))
+        self._entries = {path: entry for path, entry in self._stated.items() if (self.folder / path).is_file()}
+        there = [path for path in self.paths if os.path.lexists(self.folder / path)]
+        ours = {*self._stated, *self._begun}
+        if foreign := [path for path in there if path not in ours]:
+            why = " and no manifest" if manifest is None else f", which {MANIFEST} does not list"
             raise UserError(
-                f"{self.folder}: holds {there[0]} and no manifest, so it is another program's tree;"
-                " choose another --output"
+                f"{self.folder}: holds {foreign[0]}{why}, so it is another program's tree; choose another --output"
             )
-        replaced = sum((self.folder / path).stat().st_size for path in there)
+        replaced = sum((self.folder / path).lstat().st_size for path in there)
         parent = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(parent).free
-        if size - replaced > free:
-            raise UserError(f"{self.folder}: {size:,} bytes are to be written, the disk has {free:,} left")
+        if self._size - replaced > free:
+            raise UserError(f"{self.folder}: {self._size:,} bytes are to be written, the disk has {free:,} left")
 
     def _same_run(self, before: Mapping[str, Any]) -> None:
         ours = json.loads(json.dumps(self.run))
@@ -89,11 +144,16 @@ class Tree:
                 " choose another --output or remove that folder"
             )
 
-    def begin(self) -> None:
-        """Make the folder and say whose it is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / MANIFEST).exists():
-            _write_json(self.folder / UNFINISHED, self.run)
+    def _begin(self) -> None:
+        for path in self._begun:
+            temporary_of(self.folder / path).unlink(missing_ok=True)
+        self._begun = list(dict.fromkeys([*self._begun, *self.paths]))
+        files = [{"path": path} for path in self._begun]
+        write_json(self.folder / UNFINISHED, {**self.run, "pid": os.getpid(), "files": files})
+
+    def stated(self, path: str) -> str | None:
+        """The SHA-256 that a file must have, since the manifest says so already."""
+        return self._stated.get(path, {}).get("sha256")
 
     def add(self, entry: dict[str, Any]) -> None:
         """Note a file that is written and renamed."""
@@ -102,9 +162,15 @@ class Tree:
     def finish(self, order: Sequence[str]) -> Path:
         """Write the manifest, its files in the `order` of their paths, and return its path."""
         entries = [self._entries[path] for path in order if path in self._entries]
-        _write_json(self.folder / MANIFEST, {**self.run, "files": entries})
-        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        write_json(self.folder / MANIFEST, {**self.run, "files": entries})
+        # A larger dump that was cut off before may have left files, and they stay known as ours.
+        if not any((self.folder / path).exists() for path in self._begun if path not in self._entries):
+            (self.folder / UNFINISHED).unlink(missing_ok=True)
         return self.folder / MANIFEST
+
+
+def _files(known: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    return {entry["path"]: entry for entry in (known or {}).get("files", [])}
 
 
 def _essence(key: str, run: Mapping[str, Any]) -> Any:
@@ -115,12 +181,3 @@ def _essence(key: str, run: Mapping[str, Any]) -> Any:
     if key == "weights" and isinstance(value, list):
         return [{k: v for k, v in file.items() if k != "sha256"} for file in value]
     return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

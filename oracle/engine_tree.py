@@ -57,6 +57,9 @@ class EngineTree:
         if stated is not None and tokens is not None and list(tokens) != stated:
             raise UserError(f"{folder}: its manifest holds other tokens ({stated[:8]}) than the ones given")
         self.tokens = list(tokens) if tokens is not None else stated
+        if outside := [token for token in self.tokens or () if not 0 <= token < self.config.vocab_size]:
+            last = self.config.vocab_size - 1
+            raise UserError(f"{folder}: its token ids {outside[:8]} are outside the model's vocabulary, 0 to {last}")
         self.keys = [key for key in self.tree.files if self._known(key)]
         self.count = len(self.tokens) if self.tokens else self._count()
         self.dims: Mapping[str, int] = self.config.dims() | {"S": self.count}

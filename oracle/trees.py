@@ -10,18 +10,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from jaxref.aprt import read_aprt
 from jaxref.stages import STAGES, Key, stage_named
 from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest, stage_path
 from weights import Config, UserError
+from weights.errors import brief, plain
 from weights.safetensors_file import SafetensorsFile
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 ACTIVATIONS = (*DTYPES, "q8")
-_LAYER = re.compile(r"layer-(\d{1,9})")
+_LAYER = re.compile(r"layer-([0-9]{1,9})")
 _FORMS = {f".{suffix}": form for form, suffix in SUFFIXES.items()}
 _SAMPLE = 1 << 16  # values of a file that are looked at to guess the dtype
 
@@ -60,14 +59,7 @@ def _open_safetensors(path: Path) -> tuple[int | None, TensorFile]:
     if len(file.entries) != 1:
         raise UserError(f"{path}: holds {len(file.entries)} tensors; a stage's file holds one")
     (name,) = file.entries
-    if str(file.entries[name]["dtype"]).startswith(("I", "U")):  # the experts' ids: small, so they are read whole
-        try:
-            values = load_file(path)[name]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not readable: {error}") from None
-        return _safetensors_layer(path), TensorFile(path, values.reshape(-1))
-    values = file.tensor(name) if file.shape(name) else file.tensor(name).reshape(1)
-    return _safetensors_layer(path), TensorFile(path, values.reshape(-1), _Releasing(file))
+    return _safetensors_layer(path), TensorFile(path, file.tensor(name).reshape(-1), _Releasing(file))
 
 
 class _Releasing:
@@ -120,10 +112,11 @@ class Tree:
             try:
                 key = (None if layer is None else int(layer[1]), stage_named(path.stem).name)
             except UserError:
-                self.unknown.append(str(path.relative_to(self.folder)))
+                self.unknown.append(plain(path.relative_to(self.folder)))
                 continue
             if key in found:
-                raise UserError(f"{self.folder}: {found[key].name} and {path.name} of {_where(key)} are the same stage")
+                names = f"{plain(found[key].name)} and {plain(path.name)}"
+                raise UserError(f"{self.folder}: {names} of {_where(key)} are the same stage")
             found[key] = path
         return found
 
@@ -132,21 +125,14 @@ class Tree:
         if stated is None:
             return None
         try:
-            known = {name: value for name, value in stated.items() if name in Config.__dataclass_fields__}
-            config = Config(**known)
-            sizes = config.dims().values()
-        except (TypeError, AttributeError) as error:
+            return Config.from_json(stated)
+        except UserError as error:
             raise UserError(f"{self.folder / MANIFEST}: its config is not one: {error}") from None
-        if not all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 32 for size in sizes):
-            raise UserError(f"{self.folder / MANIFEST}: its config holds sizes that are no whole numbers")
-        return config
 
     def _tokens(self) -> list[int] | None:
         tokens = (self.manifest or {}).get("tokens")
-        if tokens is None:
-            return None
-        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, int) for token in tokens):
-            raise UserError(f"{self.folder / MANIFEST}: its tokens are no list of ids")
+        if tokens == []:
+            raise UserError(f"{self.folder / MANIFEST}: its tokens are none")
         return tokens
 
     @property
@@ -155,7 +141,7 @@ class Tree:
         if self._positions is not None:
             return self._positions
         stated = (self.manifest or {}).get("positions")
-        return tuple(stated) if isinstance(stated, list) and all(isinstance(p, int) for p in stated) else None
+        return tuple(stated) if isinstance(stated, list) and all(type(p) is int for p in stated) else None
 
     @property
     def unobservable(self) -> frozenset[str]:
@@ -170,7 +156,7 @@ class Tree:
         """The dtype in the manifest. Raises `UserError` for one that is not known."""
         dtype = (self.manifest or {}).get("dtype")
         if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"{self.folder / MANIFEST}: dtype {dtype!r}; known are {', '.join(DTYPES)}")
+            raise UserError(f"{self.folder / MANIFEST}: dtype {brief(dtype)}; known are {', '.join(DTYPES)}")
         return dtype
 
     @property
@@ -179,7 +165,7 @@ class Tree:
         stated = (self.manifest or {}).get("activations")
         if stated is not None and stated not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise UserError(f"{self.folder / MANIFEST}: activations {stated!r}; known are {known}")
+            raise UserError(f"{self.folder / MANIFEST}: activations {brief(stated)}; known are {known}")
         return stated
 
     def open(self, key: Key) -> TensorFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from jaxref.stages import STAGES, Key
 from oracle.metrics import PRECISION, Figures
 from oracle.trees import path_of
 from weights import UserError
+from weights.errors import brief, plain
 
 # Greatest relative L2 (and channel median) of a two-way compare; see docs/decisions.md for what was measured.
 BOUNDS = {"float64": 1e-6, "float32": 3e-5, "float16": 0.03, "q8": 0.1, "bfloat16": 0.15}
@@ -60,14 +62,11 @@ def parse_tolerance(text: str) -> Tolerance:
     """`attn_softmax:0.05`, `ffn_.*:cosine>=0.999`, `layer-3/.*:max_abs<0.1 and rms<0.01`. Raises `UserError`."""
     name, colon, rule = text.rpartition(":")
     if not colon or not name.strip() or not rule.strip():
-        raise UserError(f"tolerance {text!r}: stage:value or regex:predicate was expected, like attn_out:0.01")
-    try:
-        pattern = re.compile(name.strip())
-    except re.error as error:
-        raise UserError(f"tolerance {text!r}: {name!r} is no regular expression: {error}") from None
+        raise UserError(f"tolerance {brief(text)}: stage:value or regex:predicate was expected, like attn_out:0.01")
+    pattern = _compiled(name.strip(), f"tolerance {brief(text)}")
     # A misspelled stage would otherwise be a rule that never applies.
     if re.fullmatch(r"\w+", name.strip()) and name.strip() not in STAGES:
-        raise UserError(f"tolerance {text!r}: unknown stage {name.strip()!r}; stages are {', '.join(STAGES)}")
+        raise UserError(f"tolerance {brief(text)}: unknown stage {brief(name.strip())}; stages are {', '.join(STAGES)}")
     return Tolerance(text, pattern, _terms(rule, text))
 
 
@@ -77,7 +76,7 @@ def _terms(rule: str, text: str) -> tuple[tuple[str, str, float], ...]:
     except ValueError:
         return tuple(_term(part, text) for part in re.split(r"\s+and\s+|,", rule))
     if not value >= 0:
-        raise UserError(f"tolerance {text!r}: a number from 0 on was expected")
+        raise UserError(f"tolerance {brief(text)}: a number from 0 on was expected")
     return (("relative_l2", "<=", value),)
 
 
@@ -85,11 +84,12 @@ def _term(part: str, text: str) -> tuple[str, str, float]:
     known = ", ".join(FIGURES + LOGIT_FIGURES)
     found = _PREDICATE.fullmatch(part)
     if not found or found[1] not in FIGURES + LOGIT_FIGURES:
-        raise UserError(f"tolerance {text!r}: {part.strip()!r} is no predicate; like cosine>=0.999, of {known}")
+        what = brief(part.strip())
+        raise UserError(f"tolerance {brief(text)}: {what} is no predicate; like cosine>=0.999, of {known}")
     try:
         return found[1], found[2], float(found[3])
     except ValueError:
-        raise UserError(f"tolerance {text!r}: {found[3]!r} is no number") from None
+        raise UserError(f"tolerance {brief(text)}: {brief(found[3])} is no number") from None
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ class Rules:
     min_cosine: float | None = None
     max_ratio: float = MAX_RATIO
     positions: int = 1  # tokens of the prompt
+
+    def __post_init__(self) -> None:
+        for name, value in (("max-ratio", self.max_ratio), ("min-cosine", self.min_cosine)):
+            if value is not None and math.isnan(value):  # which every error would pass, or none
+                raise UserError(f"{name}: a number was expected, not nan")
 
     @property
     def epsilon(self) -> float:
@@ -235,7 +240,15 @@ def compile_missing(patterns: Sequence[str]) -> re.Pattern[str] | None:
     """The stages that may be missing. Raises `UserError` for what is no regular expression."""
     if not patterns:
         return None
+    for pattern in patterns:  # each by itself: `a)|(b` would be one only inside the brackets below
+        _compiled(pattern, f"allow-missing {brief(pattern)}")
+    return _compiled("|".join(f"(?:{pattern})" for pattern in patterns), f"allow-missing {brief(patterns)}")
+
+
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
     try:
-        return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
-    except re.error as error:
-        raise UserError(f"allow-missing {' '.join(patterns)!r}: no regular expression: {error}") from None
+        with warnings.catch_warnings():  # of Python's, on what a set may mean one day
+            warnings.simplefilter("ignore")
+            return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, MemoryError) as error:
+        raise UserError(f"{where}: {brief(pattern)} is no regular expression: {plain(error)}") from None

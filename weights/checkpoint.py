@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 from weights import names
 from weights.config import Config
 from weights.config_json import read_config
-from weights.errors import UserError
+from weights.errors import UserError, brief, listed, plain
+from weights.files import read_json
 from weights.gguf_config import read_gguf_config
 from weights.gguf_file import GgufFile, open_parts
 from weights.params import Expert, Layer, Params, expert_names, layer_names, whole_params
 from weights.safetensors_file import SafetensorsFile
 from weights.tokenizer import Tokenizer, open_tokenizer, tokenizer_from_metadata
+from weights.upcast import all_finite
 
 TensorFile = SafetensorsFile | GgufFile
 
@@ -79,6 +82,19 @@ class Checkpoint:
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A view of rows `start:stop` of one tensor by its checkpoint name."""
         return self.files[self._places[name]].tensor(name, start, stop)
+
+    def copy(self, view: np.ndarray, out: np.ndarray) -> bool:
+        """Fill `out` with the values of a view of some tensor, and say whether all are finite in both dtypes.
+
+        What lies in a file as it is is read from there, which is faster than out of the map. Raises `UserError` where
+        the file has become shorter.
+        """
+        file = next((file for file in self.files.values() if file.holds(view)), None)
+        if file is not None:
+            return file.copy(view, out)
+        with np.errstate(all="ignore"):
+            np.copyto(out, view, casting="unsafe")
+        return all_finite(out)
 
     def layer(self, index: int) -> Layer:
         """The parameters of one layer, without its experts, as views."""
@@ -153,22 +169,36 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     config = read_config(folder / "config.json")
     places = _places(path)
     files = {name: SafetensorsFile(folder / name) for name in sorted(set(places.values()))}
-    stored = {tensor: name for name, file in files.items() for tensor in file.entries}
+    stored = _stored(folder, files)
     if path.name != SINGLE and (lost := sorted(t for t, f in places.items() if t and t not in files[f].entries)):
-        raise UserError(f"{folder}: the index names tensors that their shard does not hold: {', '.join(lost)}")
+        raise UserError(f"{folder}: the index names tensors that their shard does not hold: {listed(lost)}")
     return Checkpoint(folder, config, files, stored)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
     files = open_parts(path)
-    places = {tensor: name for name, file in files.items() for tensor in file.entries}
+    places = _stored(path, files)
     config = read_gguf_config(path, files[path.name].metadata, places)
     return Checkpoint(path, config, files, places)
 
 
+def _stored(where: Path, files: Mapping[str, TensorFile]) -> dict[str, str]:
+    """Tensor name -> the one file that holds it."""
+    places = {tensor: name for name, file in files.items() for tensor in file.entries}
+    if len(places) < sum(len(file.entries) for file in files.values()):
+        counts = Counter(tensor for file in files.values() for tensor in file.entries)
+        twice = sorted(tensor for tensor, count in counts.items() if count > 1)
+        raise UserError(f"{where}: tensors that more than one file holds: {listed(twice)}")
+    return places
+
+
 def _locate(model: str | Path) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        folder = path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # no name of a file, or the home of a user who is not there
+        raise UserError(f"{plain(model)}: no such model: {plain(error)}") from None
+    if folder:
         return path
     if model == "tiny":
         return EMBEDDED
@@ -179,7 +209,7 @@ def _locate(model: str | Path) -> Path:
     if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _cached(model)
     raise UserError(
-        f"{model}: no such model; give a folder, a .safetensors or .gguf file, or an id in the Hugging Face cache"
+        f"{plain(model)}: no such model; give a folder, a .safetensors or .gguf file, or an id in Hugging Face's cache"
     )
 
 
@@ -192,7 +222,7 @@ def _cached(model_id: str) -> Path:
     except HFValidationError:
         found = None
     if not isinstance(found, str):
-        raise UserError(f"{model_id}: neither a folder here nor an id in the local Hugging Face cache")
+        raise UserError(f"{plain(model_id)}: neither a folder here nor an id in the local Hugging Face cache")
     return Path(found).parent
 
 
@@ -211,17 +241,19 @@ def _places(path: Path) -> dict[str, str]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. A name is of the index's own folder, where a file may be a symbolic link elsewhere."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()) or not places:
-            raise TypeError("weight_map must map tensor names to file names")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not a safetensors index: {error!r}") from None
+        stated = read_json(index)
+    except FileNotFoundError:
+        raise UserError(f"{index}: no such file") from None
+    places = stated.get("weight_map") if isinstance(stated, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()) or not places:
+        raise UserError(f"{index}: not a safetensors index: weight_map must map tensor names to file names")
     for name in sorted(set(places.values())):
         if name != Path(name).name or name in ("", ".", ".."):
-            raise UserError(f"{index}: names {name!r}, which is not a file of its own folder")
+            raise UserError(f"{index}: names {brief(name)}, which is not a file of its own folder")
         if not name.endswith(".safetensors"):
-            raise UserError(f"{index}: names {name!r}; only .safetensors files are read")
+            raise UserError(f"{index}: names {brief(name)}; only .safetensors files are read")
     return places
 
 
@@ -238,7 +270,11 @@ def _same_head(checkpoint: Checkpoint, rows: int = 4096) -> bool:
 
 def _check_tensors(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse missing, unknown and mis-shaped tensors, all listed at once."""
-    wanted, stored = dict(names.expected(config, stacked=checkpoint.stacked)), set(checkpoint.tensor_names)
+    stored = set(checkpoint.tensor_names)
+    most = 4 * len(stored) + 4096  # a config may ask for layers × experts without end
+    wanted = dict(islice(names.expected(config, stacked=checkpoint.stacked), most + 1))
+    if len(wanted) > most:
+        raise UserError(f"{checkpoint.folder}: holds {len(stored)} tensors, the config wants more than {most}")
     extra = stored - set(wanted)
     if config.tie_word_embeddings:
         extra.discard("lm_head.weight")
@@ -251,4 +287,4 @@ def _check_tensors(config: Config, checkpoint: Checkpoint) -> None:
     if config.tie_word_embeddings and "lm_head.weight" in stored and not faults and not _same_head(checkpoint):
         faults.append("lm_head.weight differs from the embedding, but the config ties them (tie_word_embeddings)")
     if faults:
-        raise UserError(f"{checkpoint.folder}: tensors do not fit the config: {'; '.join(faults)}")
+        raise UserError(f"{checkpoint.folder}: tensors do not fit the config: {listed(faults, '; ')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ def run(command: click.Command) -> NoReturn:
     """Run a command and leave the process. Any input, however broken, ends in one line, never in a traceback."""
     # A job scheduler's SIGTERM must leave no half file either.
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need be no text, and is printed all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: Any = command.main(standalone_mode=False)
         sys.stdout.flush()
@@ -49,5 +52,7 @@ def _describe(error: OSError) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    words = " ".join(message.split())
+    # A file's name or a value in it may hold what a terminal obeys.
+    print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words), file=sys.stderr)
     sys.exit(code)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+
+from weights.errors import UserError, brief
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
@@ -97,3 +100,46 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `layer_types` as a list."""
         return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, stated: Any) -> Config:
+        """What `to_json` gave; unknown names are left out. Raises `UserError` for a value of another type."""
+        known = _fields(cls, stated)
+        try:
+            if known.get("rope_scaling") is not None:
+                known["rope_scaling"] = RopeScaling(**_fields(RopeScaling, known["rope_scaling"]))
+            config = cls(**known)
+        except TypeError as error:  # a field that has no default is not there
+            raise UserError(str(error).partition(" ")[2]) from None
+        if not config.decoder_sparse_step:
+            raise UserError("decoder_sparse_step is 0")
+        return config
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
+
+
+# The types of the fields above, as JSON has them.
+_JSON_TYPES: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _whole,
+    "int | None": lambda value: value is None or _whole(value),
+    "float": lambda value: isinstance(value, float) or _whole(value),
+    "bool": lambda value: isinstance(value, bool),
+    "tuple[str, ...]": lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value),
+    "tuple[int, ...]": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "RopeScaling | None": lambda value: value is None or isinstance(value, dict),
+}
+
+
+def _fields(of: type, stated: Any) -> dict[str, Any]:
+    """The fields of a dataclass in a JSON object, lists as tuples."""
+    if not isinstance(stated, dict):
+        raise UserError(f"{brief(stated)} is no object")
+    known = {name: stated[name] for name in of.__dataclass_fields__ if name in stated}
+    for name, value in known.items():
+        kind = of.__dataclass_fields__[name].type
+        if not _JSON_TYPES[str(kind)](value):
+            raise UserError(f"{name} is {brief(value)}, not {kind}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}

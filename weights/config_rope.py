@@ -7,7 +7,7 @@ from typing import Any
 
 from weights.config import RopeScaling
 from weights.config_reader import ConfigReader
-from weights.errors import UserError
+from weights.errors import UserError, brief, listed
 
 
 def read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -15,19 +15,19 @@ def read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     older, newer = raw.get("rope_scaling"), raw.get("rope_parameters")
     stated = newer if newer is not None else older
     if stated is not None and not isinstance(stated, dict):
-        raise UserError(f"rope_scaling/rope_parameters must be an object, not {stated!r}")
+        raise UserError(f"rope_scaling/rope_parameters must be an object, not {brief(stated)}")
     stated = dict(stated or {})
     outer, inner = raw.get("rope_theta"), stated.pop("rope_theta", None)
     theta = ConfigReader({"rope_theta": inner if outer is None else outer}).number("rope_theta", 10000.0)
     if None not in (outer, inner) and outer != inner:
-        raise UserError(f"rope_theta and rope_parameters.rope_theta disagree: {outer} and {inner}")
+        raise UserError(f"rope_theta and rope_parameters.rope_theta disagree: {brief(outer)} and {brief(inner)}")
     kinds = [k for k in (stated.pop("rope_type", None), stated.pop("type", None)) if k is not None]
     kind = kinds[0] if kinds else "default"
     if kinds and kinds != [kind] * len(kinds):
-        raise UserError(f"rope_scaling names two types: {kinds}")
+        raise UserError(f"rope_scaling names two types: {brief(kinds)}")
     if kind == "default":
         if stated:
-            raise UserError(f"rope_scaling has keys without a type that uses them: {', '.join(sorted(stated))}")
+            raise UserError(f"rope_scaling has keys without a type that uses them: {listed(sorted(stated))}")
         return theta, None
     return theta, _scaling(kind, stated, raw)
 
@@ -47,9 +47,9 @@ def _scaling(kind: str, stated: dict[str, Any], raw: dict[str, Any]) -> RopeScal
         },
     }
     if not isinstance(kind, str) or kind not in known:
-        raise UserError(f"rope_scaling type {kind!r} is not supported (only {', '.join(known)})")
+        raise UserError(f"rope_scaling type {brief(kind)} is not supported (only {', '.join(known)})")
     if set(stated) - known[kind]:
-        raise UserError(f"rope_scaling ({kind}) has unknown keys: {', '.join(sorted(set(stated) - known[kind]))}")
+        raise UserError(f"rope_scaling ({kind}) has unknown keys: {listed(sorted(set(stated) - known[kind]))}")
     get = ConfigReader(stated)
     factor = get.number("factor")
     if kind == "linear":

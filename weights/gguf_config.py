@@ -8,7 +8,7 @@ from typing import Any
 
 from weights.config import Config
 from weights.config_json import config_from_dict
-from weights.errors import UserError
+from weights.errors import UserError, brief, listed
 
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
 
@@ -74,9 +74,10 @@ def config_from_metadata(metadata: dict[str, Any], tensors: Collection[str]) -> 
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        raise UserError(f"general.architecture {arch!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"general.architecture {brief(arch)} is not supported; supported are {known}")
     if metadata.get("general.type", "model") != "model":
-        raise UserError(f"general.type is {metadata['general.type']!r}, and not a model")
+        raise UserError(f"general.type is {brief(metadata['general.type'])}, and not a model")
     known = {key.removeprefix(arch + "."): v for key, v in metadata.items() if key.startswith(arch + ".")}
     required = REQUIRED | (MOE if arch == "qwen3moe" else DENSE)
     _refuse(arch, known, required, len(tensors))
@@ -97,7 +98,7 @@ def config_from_metadata(metadata: dict[str, Any], tensors: Collection[str]) -> 
     config = config_from_dict(raw)
     for key in ("attention.value_length", "rope.dimension_count"):
         if known.get(key, config.head_dim) != config.head_dim:
-            raise UserError(f"{arch}.{key} = {known[key]!r} is not supported: each head has {config.head_dim}")
+            raise UserError(f"{arch}.{key} = {brief(known[key])} is not supported: each head has {config.head_dim}")
     return config
 
 
@@ -111,13 +112,13 @@ def _refuse(arch: str, known: dict[str, Any], required: dict[str, str], count: i
         if type(known.get(key)) is int and known[key] > count
     ]
     faults += [
-        f"{arch}.{key} = {known[key]!r} is not supported (only {' or '.join(map(repr, allowed))})"
+        f"{arch}.{key} = {brief(known[key])} is not supported (only {' or '.join(map(repr, allowed))})"
         for key, allowed in ONLY.items()
         if key in known and known[key] not in allowed
     ]
     handled = {*required, *DENSE, *OPTIONAL, *HANDLED, *ROPE, *ONLY}
     if unknown := sorted(set(known) - handled):
-        faults.append(f"unknown keys that might change the maths: {', '.join(f'{arch}.{key}' for key in unknown)}")
+        faults.append(f"unknown keys that might change the maths: {listed([f'{arch}.{key}' for key in unknown])}")
     if faults:
         raise UserError("; ".join(faults))
 

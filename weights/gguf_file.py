@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 import re
 import threading
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
-from weights.errors import UserError
-from weights.gguf_header import Stored, read_header
+from weights.errors import UserError, brief
+from weights.gguf_header import Header, Stored, read_header
+from weights.mapped import MappedFile
 
 # One row a tensor: its name in GGUF and in Hugging Face's checkpoints. Both store [out, in]; q and k are not permuted,
 # as these architectures rotate by halves ("NEOX"). GGUF stacks the experts [E, out, in]; here each has its own name.
@@ -55,6 +55,8 @@ PLAIN: dict[Kind, np.dtype[Any]] = {
 QUANTISED = (Kind.Q8_0, Kind.Q4_0, Kind.Q5_0, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 # Values dequantised at once: the arrays that this takes on the way stay in the processor's cache.
 AT_ONCE = 1 << 16
+# Bytes of an expert's matrix: a stack of smaller ones is none, and its names would take far more memory than the file.
+LEAST_EXPERT = 64
 
 
 class GgufFile:
@@ -63,18 +65,27 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = MappedFile(path)
+            self._map = self._file.bytes
             header = read_header(self._map)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a whole GGUF file: {error}") from None
         self.metadata = header.metadata
-        self.entries = {name: stored for gguf, whole in header.tensors.items() for name, stored in _named(gguf, whole)}
+        self.entries = self._entries(header)
         self.header_sha256 = hashlib.sha256(self._map[: header.length]).hexdigest()
         self.bytes_read = 0
         self._lock = threading.Lock()
+
+    def _entries(self, header: Header) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
+        for gguf, whole in header.tensors.items():
+            for name, stored in _named(gguf, whole):
+                if name in found:
+                    raise UserError(f"{self.path}: {brief(gguf)} is {brief(name)}, which is there already")
+                found[name] = stored
+        return found
 
     @property
     def size(self) -> int:
@@ -103,7 +114,11 @@ class GgufFile:
         return PLAIN[stored.kind]
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of the first axis: a read-only view, or a float32 array where they are quantised."""
+        """Rows `start:stop` of the first axis: a read-only view, or a float32 array where they are quantised.
+
+        Raises `UserError` where the file is no longer the one that was opened.
+        """
+        self._file.check()
         stored, dtype = self.entries[name], self.dtype(name)
         count = stored.shape[0]
         stop = count if stop is None else min(stop, count)
@@ -116,9 +131,24 @@ class GgufFile:
             return raw.view(dtype).reshape(shape)
         return _dequantised(raw.reshape(-1, row), stored.kind, math.prod(shape[1:])).reshape(shape)
 
+    def holds(self, view: np.ndarray) -> bool:
+        """Whether a view's memory lies in this file."""
+        return self._file.holds(view)
+
+    def copy(self, view: np.ndarray, out: np.ndarray) -> bool:
+        """Fill `out` with the values of a view that this file holds; `MappedFile.copy`."""
+        return self._file.copy(view, out)
+
+    def check(self) -> None:
+        """Raise `UserError` where the file is no longer the one that was opened."""
+        self._file.check()
+
     def release(self) -> None:
-        """Give the file's pages back to the system; views stay valid and would read the file again."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        """Give the file's pages back to the system; views stay valid and would read the file again.
+
+        Raises `UserError` where the file is no longer the one that was opened: what came out of the views is not sound.
+        """
+        self._file.release()
 
 
 def _named(gguf: str, whole: Stored) -> Iterator[tuple[str, Stored]]:
@@ -128,7 +158,7 @@ def _named(gguf: str, whole: Stored) -> Iterator[tuple[str, Stored]]:
     name = NAMES.get(gguf.replace(f"blk.{number}.", "blk.{layer}.", 1) if layer else gguf)
     if name is None:
         yield gguf, whole
-    elif "{expert}" not in name or len(whole.shape) != 3:
+    elif "{expert}" not in name or len(whole.shape) != 3 or whole.nbytes < LEAST_EXPERT * whole.shape[0]:
         yield name.format(layer=number, expert="*"), whole
     else:
         count, size = whole.shape[0], whole.nbytes // whole.shape[0]
@@ -142,8 +172,9 @@ def _named(gguf: str, whole: Stored) -> Iterator[tuple[str, Stored]]:
 def _dequantised(raw: np.ndarray, kind: Kind, width: int) -> np.ndarray:
     """Rows of bytes [rows, bytes] as float32 [rows, width]."""
     values, step = np.empty((len(raw), width), np.float32), max(1, AT_ONCE // width)
-    for start in range(0, len(raw), step):
-        values[start : start + step] = quants.dequantize(raw[start : start + step], kind)
+    with np.errstate(all="ignore"):  # what a file's scales are is the figures' business
+        for start in range(0, len(raw), step):
+            values[start : start + step] = quants.dequantize(raw[start : start + step], kind)
     return values
 
 
@@ -155,7 +186,7 @@ def open_parts(path: Path) -> dict[str, GgufFile]:
         return {path.name: first}
     named = re.fullmatch(r"(.+-)00001(-of-(\d{5})\.gguf)", path.name)
     if named is None or int(named[3]) != count:
-        raise UserError(f"{path}: one of {count} parts of a model; give the first, as …-00001-of-0000N.gguf")
+        raise UserError(f"{path}: one of {brief(count)} parts of a model; give the first, as …-00001-of-0000N.gguf")
     parts = {path.name: first}
     for number in range(2, count + 1):
         part = GgufFile(path.with_name(f"{named[1]}{number:05d}{named[2]}"))

@@ -8,10 +8,14 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+import sys
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from weights.errors import brief
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -70,37 +74,46 @@ def read_header(data: mmap.mmap) -> Header:
     for _ in range(entries):
         key = cursor.string()
         if key in metadata:
-            raise ValueError(f"the key {key} is there twice")
+            raise ValueError(f"the key {brief(key)} is there twice")
         metadata[key] = cursor.value(cursor.number("I"))
     stored: dict[str, Stored] = {}
     for _ in range(tensors):
         name = cursor.string()
         if name in stored:
-            raise ValueError(f"the tensor {name} is there twice")
+            raise ValueError(f"the tensor {brief(name)} is there twice")
         stored[name] = _stored(cursor, name)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"general.alignment is {alignment!r}")
+        raise ValueError(f"general.alignment is {brief(alignment)}")
     start = -(-cursor.at // alignment) * alignment
     placed = {name: Stored(t.shape, t.kind, start + t.offset) for name, t in stored.items()}
-    for name, tensor in placed.items():
-        if tensor.offset + tensor.nbytes > len(data):
-            raise ValueError(f"it ends inside {name}: truncated?")
+    _check_places(placed, len(data))
     return Header(metadata, placed, cursor.at)
+
+
+def _check_places(tensors: dict[str, Stored], size: int) -> None:
+    """Each tensor lies in the file, and on no other: so all of them together are no larger than it."""
+    end, before = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset < end:
+            raise ValueError(f"the tensors {brief(before)} and {brief(name)} overlap")
+        end, before = tensor.offset + tensor.nbytes, name
+        if end > size:
+            raise ValueError(f"it ends inside {brief(name)}: truncated?")
 
 
 def _stored(cursor: _Cursor, name: str) -> Stored:
     """One tensor's entry, its offset still counted from the first tensor."""
     axes = cursor.number("I")
     if not 1 <= axes <= MAX_AXES:
-        raise ValueError(f"the tensor {name} has {axes} axes")
+        raise ValueError(f"the tensor {brief(name)} has {axes} axes")
     # The fastest axis comes first in the file, and last in NumPy.
     shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
     if 0 in shape:
-        raise ValueError(f"the tensor {name} is empty: {list(shape)}")
+        raise ValueError(f"the tensor {brief(name)} is empty: {list(shape)}")
     kind = GGMLQuantizationType(cursor.number("I"))
     if shape[-1] % GGML_QUANT_SIZES[kind][0]:
-        raise ValueError(f"a row of {name} holds {shape[-1]} values, no whole blocks of {kind.name}")
+        raise ValueError(f"a row of {brief(name)} holds {shape[-1]} values, no whole blocks of {kind.name}")
     return Stored(shape, kind, cursor.number("Q"))
 
 
@@ -126,21 +139,25 @@ class _Cursor:
         return self.take(self.number("Q")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A metadata value of one of GGUF's types; an array as a list."""
+        """A metadata value of one of GGUF's types; strings as a list, numbers as an `array` of the file's bytes."""
         if kind == GGUFValueType.STRING:
             return self.string()
         if kind == GGUFValueType.ARRAY:
             return self._array()
         return self.number(_SCALARS[GGUFValueType(kind)])
 
-    def _array(self) -> list[Any]:
+    def _array(self) -> list[str] | array[Any]:
         kind, count = GGUFValueType(self.number("I")), self.number("Q")
         if kind == GGUFValueType.ARRAY:
             raise ValueError("an array of arrays is not supported")
         if kind == GGUFValueType.STRING:
             return self._strings(count)
-        code, size = _SCALARS[kind], struct.calcsize("<" + _SCALARS[kind])
-        return list(struct.unpack(f"<{count}{code}", self.take(count * size)))
+        # Not a list: Python's numbers take up to 20 times the file's bytes.
+        found = array(_SCALARS[kind].replace("?", "B"))
+        found.frombytes(self.take(count * found.itemsize))
+        if sys.byteorder == "big":
+            found.byteswap()
+        return found
 
     def _strings(self, count: int) -> list[str]:
         # A vocabulary and its merges are 300,000 strings: this loop is what opening a file takes.

@@ -59,15 +59,17 @@ def show(model: str, *, as_json: bool) -> None:
         print(json.dumps(facts))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    console.print(f"[b]{facts['name']}[/b]: {facts['parameters']:,} parameters in {len(facts['files'])} file(s)")
+    size = f"{facts['parameters']:,} parameters in {len(facts['files'])} file(s)"
+    console.print(f"[b]{escape(facts['name'])}[/b]: {size}")
     for key, value in facts["config"].items():
-        console.print(f"  {key} = {_brief(value)}", highlight=False)
+        console.print(f"  {key} = {_brief(value)}", highlight=False, markup=False)
     table = Table("tensor", "shape", "stored as")
-    for name, shape, dtype in _grouped(checkpoint):
-        table.add_row(name, shape, dtype)
+    for row in _grouped(checkpoint):
+        table.add_row(*map(escape, row))
     console.print(table)
     needs = ", ".join(f"{size / 1e6:,.1f} MB in {name}" for name, size in facts["largest_layer_bytes"].items())
     console.print(f"A dump holds two layers at a time, one in use and one being read. One layer: {needs}.")

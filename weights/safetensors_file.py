@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from weights.errors import UserError
+from weights.errors import UserError, brief, plain
+from weights.files import parse_json
+from weights.mapped import MappedFile
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -21,6 +22,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What a tree's file may hold besides: the experts' ids.
+WHOLE: dict[str, np.dtype[Any]] = {
+    f"{sign}{8 * size}": np.dtype(f"<{sign.lower()}{size}") for sign in "IU" for size in (1, 2, 4, 8)
+}
+MOST_AXES = 8
 
 
 class SafetensorsFile:
@@ -28,26 +34,34 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._validate()
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = self._opened()
+        self._map = self._file.bytes
         length = int.from_bytes(self._map[:8], "little")
         self._data = 8 + length
-        header: dict[str, Any] = json.loads(self._map[8 : self._data])
+        header = self._header(self._map[8 : self._data])
         header.pop("__metadata__", None)
         self.entries = header
         self.header_sha256 = hashlib.sha256(self._map[: self._data]).hexdigest()
         self.bytes_read = 0
         self._lock = threading.Lock()
 
-    def _validate(self) -> None:
+    def _header(self, text: bytes) -> dict[str, Any]:
         try:
+            return parse_json(text)  # a name that is there twice is one tensor to some readers and another to others
+        except ValueError as error:
+            raise UserError(f"{self.path}: not a whole safetensors file: {plain(error)}") from None
+
+    def _opened(self) -> MappedFile:
+        try:
+            mapped = MappedFile(self.path)
             with safe_open(self.path, framework="np"):
                 pass
+            mapped.check()  # so that what was found whole is what is mapped
+            return mapped
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{self.path}: not a whole safetensors file: {error}") from None
+            raise UserError(f"{self.path}: not a whole safetensors file: {plain(error)}") from None
 
     @property
     def size(self) -> int:
@@ -55,8 +69,11 @@ class SafetensorsFile:
         return len(self._map)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape the header states."""
-        return tuple(self.entries[name]["shape"])
+        """The shape the header states. Raises `UserError` for a tensor without values, whose axes may have any size."""
+        shape = tuple(self.entries[name]["shape"])
+        if 0 in shape or len(shape) > MOST_AXES:
+            raise UserError(f"{self.path}: {brief(name)} has shape {brief(shape)}: no values, or too many axes")
+        return shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """The dtype on disk. Raises `UserError` for one that holds no plain floats."""
@@ -66,16 +83,37 @@ class SafetensorsFile:
         return DTYPES[stated]
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """A read-only view of rows `start:stop` of the first axis; nothing is read until the view is."""
-        shape, dtype = self.shape(name), self.dtype(name)
+        """A read-only view of rows `start:stop` of the first axis; nothing is read until the view is.
+
+        A scalar is one row. Raises `UserError` for a dtype that is neither of `DTYPES` nor of `WHOLE`, and where the
+        file is no longer the one that was opened.
+        """
+        self._file.check()
+        shape = self.shape(name) or (1,)
+        dtype = WHOLE.get(self.entries[name]["dtype"]) or self.dtype(name)
         stop = shape[0] if stop is None else min(stop, shape[0])
-        row = int(np.prod(shape[1:], dtype=np.int64))
+        row = math.prod(shape[1:])
         offset = self._data + self.entries[name]["data_offsets"][0] + start * row * dtype.itemsize
         view = np.frombuffer(self._map, dtype, (stop - start) * row, offset)
         with self._lock:
             self.bytes_read += view.nbytes
         return view.reshape(stop - start, *shape[1:])
 
+    def holds(self, view: np.ndarray) -> bool:
+        """Whether a view's memory lies in this file."""
+        return self._file.holds(view)
+
+    def copy(self, view: np.ndarray, out: np.ndarray) -> bool:
+        """Fill `out` with the values of a view that this file holds; `MappedFile.copy`."""
+        return self._file.copy(view, out)
+
+    def check(self) -> None:
+        """Raise `UserError` where the file is no longer the one that was opened."""
+        self._file.check()
+
     def release(self) -> None:
-        """Give the file's pages back to the system; views stay valid and would read the file again."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        """Give the file's pages back to the system; views stay valid and would read the file again.
+
+        Raises `UserError` where the file is no longer the one that was opened: what came out of the views is not sound.
+        """
+        self._file.release()

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weights.errors import UserError
+from weights.errors import UserError, brief, plain
+from weights.files import read_json, regular
 
 # The values of `tokenizer.ggml.pre` that mean this split of a text into words; the ids of other splits are not Qwen's.
 PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen")
@@ -30,21 +31,25 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, as engines trace it."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return list(self._calling(self.backend.encode, text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
-        return str(self.backend.decode(ids, skip_special_tokens=False))
+        return str(self._calling(self.backend.decode, ids, skip_special_tokens=False))
 
     def chat(self, text: str) -> str:
         """The text as one user turn in the model's chat template. Raises `UserError` where it has none."""
-        from jinja2 import TemplateError
-
+        turn = [{"role": "user", "content": text}]
         try:
-            turn = [{"role": "user", "content": text}]
             return str(self.templated().apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-        except (ValueError, TypeError, TemplateError) as error:
+        except Exception as error:  # noqa: BLE001 - a template is a program, which fails in any way
             raise UserError(f"{self.folder}: no usable chat template: {_first_line(error)}") from None
+
+    def _calling(self, method: Callable[..., Any], what: Any, **options: Any) -> Any:
+        try:
+            return method(what, **options)
+        except Exception as error:  # noqa: BLE001 - `tokenizers` raises bare Exception
+            raise UserError(f"{self.folder}: the tokenizer does not take this: {_first_line(error)}") from None
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
@@ -55,7 +60,7 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
             # Straight from the file: importing transformers takes longer than a whole small dump.
             import tokenizers
 
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_file(str(regular(path)))
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             backend = _auto_tokenizer(folder).backend_tokenizer
         else:
@@ -64,7 +69,7 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
         raise UserError(f"{folder}: the tokenizer is not readable: {_first_line(error)}") from None
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(folder, backend, partial(_auto_tokenizer, folder))
+    return Tokenizer(folder, backend, partial(_with_template, folder, backend))
 
 
 def tokenizer_from_metadata(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
@@ -77,7 +82,7 @@ def tokenizer_from_metadata(path: Path, metadata: dict[str, Any]) -> Tokenizer |
         return None
     for key, known in (("tokenizer.ggml.model", ("gpt2",)), ("tokenizer.ggml.pre", PRE_TOKENIZERS)):
         if metadata.get(key) not in known:
-            raise UserError(f"{path}: {key} {metadata.get(key)!r} is not supported (only {', '.join(known)})")
+            raise UserError(f"{path}: {key} {brief(metadata.get(key))} is not supported (only {', '.join(known)})")
     try:
         backend = _byte_pairs(metadata)
     except Exception as error:  # noqa: BLE001 - `tokenizers` raises bare Exception for a broken vocabulary
@@ -116,11 +121,38 @@ def _fast_tokenizer(backend: Any, metadata: dict[str, Any]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
 
 
+def _with_template(folder: Path, backend: Any) -> Any:
+    """The tokenizer in transformers, with the chat template that lies beside it.
+
+    Not transformers' own loader, which follows names in `tokenizer_config.json` out of the folder.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    settings, file = _settings(folder), folder / "chat_template.jinja"
+    template = regular(file).read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    stated = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    stated = {name: token.get("content") if isinstance(token, dict) else token for name, token in stated.items()}
+    named = {name: token for name, token in stated.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a JSON object was expected, this is a {type(settings).__name__}")
+    return settings
+
+
 def _auto_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    for name in ("vocab.json", "merges.txt"):
+        regular(folder / name)
+    if "fast_tokenizer_files" in _settings(folder):
+        raise UserError("tokenizer_config.json names other files (fast_tokenizer_files), which are not read")
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return plain((str(error).splitlines() or [type(error).__name__])[0])
