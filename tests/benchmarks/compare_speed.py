@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ import numpy as np
 from jaxref.aprt import aprt_header
 from jaxref.stages import stages_of
 from jaxref.tree import stage_path
+from tests.benchmarks.measure import measure, medians
 from weights import Config, config_from_dict
 from weights.tiny import tiny_config
 
@@ -61,16 +60,6 @@ def _write_manifest(folder: Path, config: Config, dtype: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(facts))
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident MB of a process. In a process of its own: Linux hands a parent's peak down."""
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) not in (0, 1):
-        sys.exit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1e3
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
@@ -97,13 +86,9 @@ def main() -> None:
             *trees[:2],
             *(["--hf", trees[2]] if options.three else []),
         ]
-        runs = sorted(measure(command) for _ in range(options.repeat))
-        seconds, memory = runs[len(runs) // 2]
-        print(
-            f"{len(names)} trees of {size / 1e9:.2f} GB: {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s a tree,",
-            end=" ",
-        )
-        print(f"{memory:.0f} MB peak")
+        run = medians([measure(command, accept=(0, 1)) for _ in range(options.repeat)])
+        print(f"{len(names)} trees of {size / 1e9:.2f} GB: {run.seconds:.1f} s", end=", ")
+        print(f"{size / run.seconds / 1e9:.2f} GB/s a tree, {run.peak_mb:.0f} MB peak")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ Without MODEL a random checkpoint of the 0.5B shape is made.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from jaxref.stages import STAGES
-from tests.benchmarks.dump_vs_hf import measure
+from tests.benchmarks.measure import dump_command, measure, random_model, write_tokens
 
 
 def main() -> None:
@@ -25,16 +23,14 @@ def main() -> None:
     wanted = [s.name for s in STAGES.values() if "S" not in s.axes[1:] and not s.name.startswith("moe_")]
     wanted = [name for name in wanted if name not in ("q_norm", "k_norm")]
     with tempfile.TemporaryDirectory() as scratch:
-        model = options.model or Path(scratch) / "model"
-        if options.model is None:
-            subprocess.run([sys.executable, "-m", "weights", "tiny", str(model), "--like", "0.5b"], check=True)
+        model = options.model or random_model(Path(scratch) / "model", "--like", "0.5b")
         for count in map(int, options.tokens.split(",")):
-            ids = Path(scratch) / "ids"
-            ids.write_text(",".join(str(1000 + i) for i in range(count)))
             tree = Path(scratch) / "tree"
-            words = [sys.executable, "-m", "jaxref", "dump", str(model), "--tokens-file", str(ids)]
-            seconds, memory, size = measure([*words, "--output", str(tree), "--stages", ",".join(wanted)], tree)
-            print(f"{count:5} tokens  {seconds:6.2f} s  {memory:5.0f} MB peak  {size / 1e9:5.2f} GB written")
+            command = dump_command(model, write_tokens(Path(scratch), model, count), tree)
+            run = measure([*command, "--stages", ",".join(wanted)], tree)
+            print(
+                f"{count:5} tokens  {run.seconds:6.2f} s  {run.peak_mb:5.0f} MB peak  {run.size / 1e9:5.2f} GB written"
+            )
 
 
 if __name__ == "__main__":

@@ -12,27 +12,18 @@ import argparse
 import json
 import math
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from jaxref.aprt import read_aprt
-from tests.benchmarks.dump_vs_hf import commands, measure
+from tests.benchmarks.measure import Run, dump_command, lean_command, measure, random_model
 from weights import Config, open_checkpoint
 from weights.names import EXPERTS, layer_rows, model_shapes
 
 TOKENS = "3838,374,220,17,10,17,30"
 BF16 = 2
-
-
-def make(folder: Path, layers: int) -> Path:
-    model = folder / f"30b-a3b-{layers}"
-    if not (model / "config.json").exists():
-        words = ["tiny", str(model), "--arch", "qwen3_moe", "--like", "30b-a3b", "--layers", str(layers)]
-        subprocess.run([sys.executable, "-m", "weights", *words], check=True)
-    return model
 
 
 def needed(config: Config, tree: Path) -> int:
@@ -48,20 +39,19 @@ def needed(config: Config, tree: Path) -> int:
     return size * BF16
 
 
-def ours(model: Path, output: Path) -> tuple[float, float]:
-    """Print one depth; seconds and peak MB."""
-    command = [*commands(model, TOKENS, output)["jaxref dump"], "--positions", "all"]
-    seconds, memory, _ = measure(command, output)
+def ours(model: Path, tokens: Path, output: Path) -> Run:
+    """Measure and print one depth."""
+    command = [*dump_command(model, tokens, output), "--positions", "all"]
+    run = measure(command, output)
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     read = json.loads(again.stdout)["bytes_read"]
     checkpoint = open_checkpoint(model)
     total = sum(file["size"] for file in checkpoint.identity())
     bound = needed(checkpoint.config, output)
-    print(
-        f"{checkpoint.config.num_hidden_layers:3} layers  jaxref dump {seconds:6.2f} s  {memory:6.0f} MB peak", end="  "
-    )
-    print(f"{read / 1e9:.3f} GB read of {total / 1e9:.1f} GB; chosen experts and the rest: {bound / 1e9:.3f} GB")
-    return seconds, memory
+    print(f"{checkpoint.config.num_hidden_layers:3} layers  jaxref dump {run.seconds:6.2f} s", end="  ")
+    print(f"{run.peak_mb:6.0f} MB peak  {read / 1e9:.3f} GB read of {total / 1e9:.1f} GB", end="; ")
+    print(f"chosen experts and the rest: {bound / 1e9:.3f} GB")
+    return run
 
 
 def main() -> None:
@@ -72,13 +62,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder, tree, times = options.folder or Path(scratch), Path(scratch) / "tree", {}
+        tokens = Path(scratch) / "tokens"
+        tokens.write_text(TOKENS, encoding="utf-8")
         for layers in map(int, options.layers.split(",")):
-            times[layers], _ = ours(make(folder, layers), tree)
+            shape = ("--arch", "qwen3_moe", "--like", "30b-a3b", "--layers", str(layers))
+            model = random_model(folder / f"30b-a3b-{layers}", *shape)
+            times[layers] = ours(model, tokens, tree).seconds
             if layers == options.hf:
-                command = commands(folder / f"30b-a3b-{layers}", TOKENS, tree)["HF eager + hooks"]
-                seconds, memory, _ = measure(command, tree)
-                ratio = seconds / times[layers]
-                print(f"{layers:3} layers  HF {seconds:15.2f} s  {memory:6.0f} MB peak  ratio {ratio:.1f}")
+                run = measure(lean_command(model, tokens, tree), tree)
+                ratio = run.seconds / times[layers]
+                print(f"{layers:3} layers  HF {run.seconds:15.2f} s  {run.peak_mb:6.0f} MB peak  ratio {ratio:.1f}")
         slope, start = np.polyfit(list(times), list(times.values()), 1)
         print(f"{slope:.2f} s a layer, {start:.2f} s besides; 48 layers: {48 * slope + start:.0f} s")
 

@@ -1,0 +1,1 @@
+"""jaxref beside other programs that capture intermediates: `python -m tests.benchmarks.peers`."""
