@@ -83,11 +83,20 @@ class Placement:
 
 def use_compilation_cache() -> None:
     """Keep compiled stages between runs, in a folder that is safe to delete; JAX_COMPILATION_CACHE_DIR overrides it."""
+    import warnings
+
     import jax
 
+    # A damaged entry is compiled anew; JAX would tell of each in two lines.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxref" / "xla"))
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxref" / "xla"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+            click.echo(f"warning: no cache for what is compiled, so every run compiles anew: {error}", err=True)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

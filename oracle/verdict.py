@@ -250,5 +250,5 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
         with warnings.catch_warnings():  # of Python's, on what a set may mean one day
             warnings.simplefilter("ignore")
             return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, MemoryError) as error:
+    except (re.error, ValueError, OverflowError, RecursionError, MemoryError) as error:  # of a count of any length
         raise UserError(f"{where}: {brief(pattern)} is no regular expression: {plain(error)}") from None

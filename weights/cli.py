@@ -7,6 +7,8 @@ import io
 import os
 import signal
 import sys
+import threading
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -16,8 +18,10 @@ from weights.errors import UserError
 
 def run(command: click.Command) -> NoReturn:
     """Run a command and leave the process. Any input, however broken, ends in one line, never in a traceback."""
+    _open_streams()
     # A job scheduler's SIGTERM must leave no half file either.
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _again
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need be no text, and is printed all the same
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -28,7 +32,7 @@ def run(command: click.Command) -> NoReturn:
     except BrokenPipeError:
         # The reader went away (`| head`): nothing is wrong, but Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _leave(0)
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         _fail(error.format_message() + hint, 2)
@@ -38,11 +42,34 @@ def run(command: click.Command) -> NoReturn:
         _fail(_describe(error), 2)
     except MemoryError as error:
         _fail(f"not enough memory: {error}", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """What a shell closed (`>&-`) goes nowhere; else the next file that is opened would take its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - open to the end
 
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _again(lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C that comes in a destructor is dropped there by Python, so it is sent once more."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _leave(code: int) -> NoReturn:
+    """The work is done: Ctrl-C in the interpreter's last moments would only print what it broke off there."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _describe(error: OSError) -> str:
@@ -54,5 +81,6 @@ def _describe(error: OSError) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     words = " ".join(message.split())
     # A file's name or a value in it may hold what a terminal obeys.
-    print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words), file=sys.stderr)
-    sys.exit(code)
+    with suppress(OSError):  # a full disk under stderr: the exit code still tells
+        print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words), file=sys.stderr, flush=True)
+    _leave(code)

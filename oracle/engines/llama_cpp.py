@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,7 +94,8 @@ def run(path: Path, tokens: Sequence[int], emit: Emit | None, *, threads: int = 
         if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= vocab:
             raise UserError(f"{path}: tokens must be one or more ids from 0 to {vocab - 1}")
         with _context(library, model, settings, said) as context:
-            status = _decode(library, context, tokens)
+            with watch.stoppable():
+                status = _decode(library, context, tokens)
             if watch.failed:
                 raise watch.failed
             if status or (emit is not None and watch.last != "lm_head"):
@@ -188,10 +191,29 @@ class _Watch:
     def __post_init__(self) -> None:
         self.callback = EVAL(self._see)
 
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Let Ctrl-C end the run: Python would raise where it enters the callback, and there it is dropped."""
+        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+            yield
+            return
+
+        def stop(number: int, frame: object) -> None:
+            self.failed = KeyboardInterrupt()
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def _see(self, pointer: Any, asks: bool, ours: int | None) -> bool:
         """Whether a node is wanted; once it is computed, whether to go on. Nothing may be raised through C."""
         try:
-            found = None if self.failed else self._known(pointer)
+            if self.failed:
+                return asks  # what is wanted is given, and what is given can be refused, which ends the run
+            found = self._known(pointer)
             if asks or found is None:
                 return found is not None and asks
             self._give(*found, pointer.contents, self._copy(pointer))

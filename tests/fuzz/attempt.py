@@ -20,7 +20,7 @@ from tests.fuzz.world import World
 from weights import UserError
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = 20
+SECONDS = 15
 # Python's own objects take more than the bytes they come from: a dictionary of one key some forty times as much.
 FACTOR, CONSTANT = 64, 12 << 20
 LARGEST = 100_000  # bytes of an input
@@ -139,4 +139,4 @@ def changed(target: Target, seeds: list[bytes], reached: list[bytes], random: Ra
     return data
 
 
-__all__ = ["CORPUS", "TARGETS", "Outcome", "attempt", "changed", "kept", "time_limit", "warm"]
+__all__ = ["CORPUS", "SECONDS", "TARGETS", "Outcome", "attempt", "changed", "kept", "time_limit", "warm"]

@@ -13,15 +13,10 @@ from tests.fuzz.attempt import CORPUS, TARGETS, attempt, changed, kept, warm
 from tests.fuzz.world import World
 
 # Fewer of the slow ones, so that all of them take half a minute.
-EXAMPLES = {"manifest": 12, "tree": 12, "unfinished": 15, "template": 20, "command": 20}
+EXAMPLES = {"manifest": 25, "tree": 25, "unfinished": 30, "template": 40, "command": 40}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("fuzz"))
-
-
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="session", params=TARGETS)
 def readied(request: pytest.FixtureRequest, world: World) -> tuple[str, list[bytes]]:
     return request.param, warm(TARGETS[request.param], world)
 
@@ -45,7 +40,7 @@ def test_new_inputs(readied: tuple[str, list[bytes]], world: World) -> None:
 
     @given(random=st.randoms(use_true_random=False))
     @settings(
-        max_examples=EXAMPLES.get(name, 40),
+        max_examples=EXAMPLES.get(name, 80),
         derandomize=True,
         database=None,
         deadline=None,

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weights import UserError
+from weights import Config, UserError, config_from_dict
 from weights.files import MOST_NESTED, read_json
+from weights.tiny import tiny_config
 
 TREES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -68,3 +69,34 @@ def test_what_python_writes_is_read(tmp_path_factory: pytest.TempPathFactory, tr
     path = tmp_path_factory.getbasetemp() / "written.json"
     path.write_text(json.dumps(tree), encoding="utf-8", errors="surrogatepass")
     assert read_json(path) == tree
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+CONFIGS = (tiny_config("qwen2"), tiny_config("qwen3_moe"), tiny_config("qwen3", rope_scaling=YARN))
+
+
+@pytest.mark.parametrize("raw", CONFIGS)
+def test_a_config_comes_back_from_its_manifest(raw: dict) -> None:
+    config = config_from_dict(raw)
+    assert Config.from_json(json.loads(json.dumps(config.to_json())) | {"of another version": 1}) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": -1}, "hidden_size is -1, not int"),
+        ({"hidden_size": True}, "hidden_size is True, not int"),
+        ({"vocab_size": 1 << 32}, "vocab_size is 4294967296, not int"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x', not float"),
+        ({"layer_types": 7}, "layer_types is 7, not tuple"),
+        ({"mlp_only_layers": ["x"]}, "mlp_only_layers is"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"rope_scaling": {}}, "missing 2 required positional arguments"),
+        ({"rope_scaling": {"rope_type": 7, "factor": 1.0}}, "rope_type is 7"),
+    ],
+)
+def test_a_manifest_whose_config_is_none_is_refused(changes: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Config.from_json(config_from_dict(CONFIGS[1]).to_json() | changes)
+    with pytest.raises(UserError, match="is no object"):
+        Config.from_json([changes])

@@ -1,0 +1,91 @@
+"""Streams that are closed or full, a cache that cannot be kept, and Ctrl-C where Python drops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.endurance.processes import ended
+from tests.endurance.test_folders import AS_OTHERS, WORDS
+from tests.endurance.trees import contents
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A shell's line; `DUMP` in it is a dump into `folder`."""
+    words = [sys.executable, "-m", "jaxref", *map(str, WORDS), "--output", str(folder)]
+    line = command.replace("DUMP", " ".join(words))
+    return subprocess.run(
+        line, shell=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False
+    )
+
+
+def test_closed_streams_do_no_harm(tmp_path: Path) -> None:
+    loud = "DUMP >&- 2>&- <&-".replace("DUMP", f"{sys.executable} -m jaxref dump tiny --output {tmp_path}/loud")
+    assert shell(loud, tmp_path / "loud").returncode == 0
+    assert ended(["dump", "tiny", "--quiet"], tmp_path / "tree") == (0, "")
+    assert contents(tmp_path / "loud") == contents(tmp_path / "tree")
+    done = shell("DUMP --dtype float64 2>&-", tmp_path / "loud")
+    assert (done.returncode, done.stdout) == (2, "")  # not a word of the error on stdout
+    assert shell("DUMP --dtype float64 2>/dev/full", tmp_path / "loud").returncode == 2
+
+
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])
+def test_a_cache_that_cannot_be_kept_is_one_line_and_the_dump_is_made(tmp_path: Path, home: str) -> None:
+    done = shell("env -u JAX_COMPILATION_CACHE_DIR DUMP", tmp_path / "tree", XDG_CACHE_HOME=home)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("warning: no cache for what is compiled")
+
+
+def test_a_damaged_cache_is_not_told_of(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        done = shell("env -u JAX_COMPILATION_CACHE_DIR DUMP", tmp_path / name, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert (done.returncode, done.stderr) == (0, "")
+        entries = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+        for path in entries:
+            path.write_bytes(b"damaged")
+    assert entries and contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_folder_that_may_not_be_written_is_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir(mode=0o555)
+    drop = " ".join(AS_OTHERS) if os.geteuid() == 0 else ""
+    done = shell(
+        f"env -u JAX_COMPILATION_CACHE_DIR {drop} DUMP", tmp_path / "tree", XDG_CACHE_HOME=str(tmp_path / "cache")
+    )
+    if "setpriv" in done.stderr:
+        pytest.skip("permissions do not bind root, and setpriv may not change that here")
+    assert done.returncode == 0 and "no cache for what is compiled" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def interrupted_in_a_destructor(folder: Path) -> None:
+    """Send Ctrl-C from a destructor, once, when the third layer begins."""
+    from jaxref.reader import Reader
+
+    class Gone:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                pass  # here it is raised
+
+    embed = Reader.embed
+
+    def embedding(self: Reader, tokens: list[int]):
+        del_me = Gone()
+        del del_me
+        return embed(self, tokens)
+
+    Reader.embed = embedding
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
+    words = ["dump", "tiny", "--quiet", "--tokens", ",".join(map(str, range(200)))]
+    code, said = ended(words, tmp_path / "tree", prepare=interrupted_in_a_destructor)
+    assert (code, said.strip().startswith("error: interrupted"), len(said.split("\n")) <= 3) == (130, True, True), said
