@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
+from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages, whole_number
 from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint
 
 DEFAULT_PROMPT = "What is 2+2?"
@@ -129,6 +129,6 @@ def parse_tokens(text: str) -> list[int]:
     if not text.strip():
         raise UserError("no token ids; at least one is needed")
     try:
-        return [int(word) for word in text.split(",")]
+        return [whole_number(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"tokens {text[:60]!r}: whole numbers between commas were expected") from None

@@ -30,7 +30,8 @@ def parse_stages(text: str, config: Config) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name in names)
 
 
-def _number(word: str) -> int:
+def whole_number(word: str) -> int:
+    """Digits as people write them: not `1_0` nor other scripts' digits, as `int` has it. Raises `ValueError`."""
     if not _NUMBER.fullmatch(word):
         raise ValueError(word)
     return int(word)
@@ -43,12 +44,12 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
         return tuple(range(count))
     try:
         if ".." in text:
-            start, end = (_number(part) for part in text.split(".."))
+            start, end = (whole_number(part) for part in text.split(".."))
             if end <= start:
                 raise UserError(f"layers {brief(text)}: END must be greater than START (END is not included)")
             layers = range(start, end)
         else:
-            layers = [_number(part) for part in text.split(",")]
+            layers = [whole_number(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"layers {brief(text)}: all, START..END or a comma list like 0,3,7 was expected") from None
     # A range of billions is refused by its ends, not walked through.
@@ -65,7 +66,7 @@ def parse_positions(text: str | None, count: int) -> tuple[int, ...] | str | Non
     if text.strip().lower() == "last":
         return (count - 1,)
     try:
-        positions = [_number(part) for part in text.split(",")]
+        positions = [whole_number(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"positions {brief(text)}: all, last or a comma list like 5,6 was expected") from None
     if outside := [p for p in positions if not 0 <= p < count]:

@@ -88,12 +88,12 @@ def _compare(options: dict[str, Any]) -> Any:
 
 
 def _positions(text: str | None) -> tuple[int, ...] | None:
-    from weights import UserError
+    from jaxref.selection import whole_number
 
     if text is None:
         return None
     try:
-        positions = tuple(int(part) for part in text.split(","))
+        positions = tuple(whole_number(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"positions {text!r}: a comma list like 5,6 was expected") from None
     if len(set(positions)) < len(positions):
