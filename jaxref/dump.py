@@ -6,6 +6,7 @@ import importlib.metadata
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def dump(job: Job, *, progress: Progress = lambda layer: None, source: Reader | 
     job = replace(job, device=device)
 
     def feed(offer: Offer) -> None:
-        with out_of_memory_in_words(), job.numerics.context(), jax.default_device(device):
+        # Closed here and not by the garbage collector, whenever that comes, where `offer` gives up.
+        with closing(pieces), out_of_memory_in_words(), job.numerics.context(), jax.default_device(device):
             for layer, piece in pieces:
                 if device.platform != "cpu" and job.selection.wants(layer, piece.stage):
                     _send_home(piece)

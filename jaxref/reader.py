@@ -59,8 +59,10 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        # A generator that was given up may be closed by the garbage collector, in the midst of whatever a thread does
+        # just then, such as starting another: who waits for a thread there may wait for ever.
+        self._pool.shutdown(wait=kind is not GeneratorExit, cancel_futures=True)
 
     def ahead(self, jobs: Iterator[Callable[[], Any]]) -> Iterator[Any]:
         """Results of the jobs in order, one of them always on its way, or each only when it is asked for."""

@@ -29,7 +29,7 @@ def stream(
     progress: Callable[[int], None] = lambda layer: None,
     as_stored: bool = False,
     read_ahead: bool = True,
-) -> Iterator[tuple[int | None, Piece]]:
+) -> Generator[tuple[int | None, Piece], None, None]:
     """`trace` of a checkpoint whose parameters are read on the way: at most two layers are in memory."""
     with Reader(checkpoint, numerics, device, warn, as_stored=as_stored, read_ahead=read_ahead) as reader:
         yield from trace(reader, tokens, selection, progress)
@@ -37,7 +37,7 @@ def stream(
 
 def trace(
     source: Reader, tokens: list[int], selection: Selection, progress: Callable[[int], None] = lambda layer: None
-) -> Iterator[tuple[int | None, Piece]]:
+) -> Generator[tuple[int | None, Piece], None, None]:
     """Every stage of a prefill with its layer (None: whole model), in computation order, as it comes to exist.
 
     Computes as many layers as the selection needs. The head is computed for the selected positions alone, so `lm_head`

@@ -1,4 +1,4 @@
-"""THE table of hypotheses: what engines get wrong, at which stages; `tries.py` has how each is tried."""
+"""THE table of hypotheses: what engines get wrong, at which stages; `tries*.py` have how each is tried."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from oracle import tries
+from oracle import tries_attention as attention
 from oracle.tries import each, switch
 
 
@@ -60,31 +61,37 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "rope_interleaved", ROPE, switch("neighbours are rotated, not dimension i with i + h/2", interleaved=True)
     ),
-    Hypothesis("rope_theta", ROPE, tries.theta),
+    Hypothesis("rope_theta", ROPE, attention.theta),
     Hypothesis("rope_positions", ROPE, each("positions are off by {:+d}", "offset", *OFFSETS)),
     Hypothesis("rope_reversed", ROPE, switch("it is rotated the other way round", sign=-1)),
-    Hypothesis("rope_before_norm", ROPE, tries.before_norm),
-    Hypothesis("rope_linear", ROPE, tries.stretch),
+    Hypothesis("rope_before_norm", ROPE, attention.before_norm),
+    Hypothesis("rope_linear", ROPE, attention.stretch),
     Hypothesis("rope_partial", ROPE, each("only the first {:.0%} of each head is rotated", "partial", 0.5, 0.25, 0.75)),
-    Hypothesis("yarn_missing", ROPE, tries.yarn(doubled=False)),
-    Hypothesis("yarn_doubled", ROPE, tries.yarn(doubled=True)),
+    Hypothesis("yarn_missing", ROPE, attention.yarn(doubled=False)),
+    Hypothesis("yarn_doubled", ROPE, attention.yarn(doubled=True)),
     Hypothesis("rope_half_tables", ROPE, switch("cos and sin are rounded to float16", tables=np.float16)),
     *(
-        Hypothesis(name, ("attn_scores",), tries.scale(name))
+        Hypothesis(name, ("attn_scores",), attention.scale(name))
         for name in ("scores_unscaled", "scores_model_dim", "scores_head_dim")
     ),
-    *(Hypothesis(f"kv_heads_{kind}", ("attn_scores",), tries.kv_map(kind)) for kind in ("modulo", "reversed", "first")),
+    *(
+        Hypothesis(f"kv_heads_{kind}", ("attn_scores",), attention.kv_map(kind))
+        for kind in ("modulo", "reversed", "first")
+    ),
     Hypothesis("mask_missing", ("attn_softmax",), switch("there is no causal mask", unmasked=True)),
     Hypothesis("mask_strict", ("attn_softmax",), switch("a query does not see itself", nearest=1)),
     Hypothesis("mask_ahead", ("attn_softmax",), switch("a query sees one key ahead", nearest=-1)),
-    Hypothesis("window", ("attn_softmax",), tries.window),
+    Hypothesis("window", ("attn_softmax",), attention.window),
     Hypothesis(
         "softmax_query_axis",
         ("attn_softmax",),
         switch("it sums to one over queries, not keys", over_queries=True),
     ),
     Hypothesis("softmax_masked_after", ("attn_softmax",), switch("it is masked after normalising", masked_after=True)),
-    *(Hypothesis(f"v_heads_{kind}", ("attention",), tries.kv_map(kind)) for kind in ("modulo", "reversed", "first")),
+    *(
+        Hypothesis(f"v_heads_{kind}", ("attention",), attention.kv_map(kind))
+        for kind in ("modulo", "reversed", "first")
+    ),
     Hypothesis("o_proj_head_order", ("attn_out",), tries.head_order),
     Hypothesis("o_proj_bias", ("attn_out",), tries.same_for_all, generic=True),
     Hypothesis("residual_missing", RESIDUALS, switch("the hidden state is not added", first=0)),

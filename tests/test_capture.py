@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from jaxref import model
-from jaxref.reader import Buffers
+from jaxref.precision import numerics_of
+from jaxref.reader import Buffers, Reader
+from jaxref.selection import Selection
 from jaxref.stages import STAGES
+from jaxref.stream import stream
 from tests.conftest import prompt
 from tests.trees import read_tree, tree_bytes, write_tree
-from weights import open_checkpoint
+from weights import Layer, open_checkpoint
 
 TOKENS = prompt(40, 272)
 
@@ -121,3 +125,23 @@ def test_the_memory_of_parameters_is_used_again() -> None:
         jax.block_until_ready(arrays)
         del arrays
     assert len(buffers) <= 2 * len(shapes)
+
+
+def test_a_stream_that_is_given_up_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may close it within any thread; waiting there for the reader has been a deadlock."""
+    checkpoint, go = open_checkpoint("tiny"), threading.Event()
+    read = Reader.layer
+
+    def slow(self: Reader, index: int) -> Layer:
+        assert index == 0 or go.wait(60)
+        return read(self, index)
+
+    monkeypatch.setattr(Reader, "layer", slow)
+    selection = Selection(checkpoint.config, 3, ("attn_norm",), (0, 1))
+    pieces = stream(checkpoint, [1, 2, 3], selection, numerics_of("float32"))
+    next(pieces), next(pieces)
+    closer = threading.Thread(target=pieces.close, daemon=True)
+    closer.start()
+    closer.join(20)
+    assert not closer.is_alive()
+    go.set()

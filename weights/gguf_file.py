@@ -17,7 +17,7 @@ from gguf import quants
 
 from weights.errors import UserError, brief
 from weights.gguf_header import Header, Stored, read_header
-from weights.mapped import MappedFile
+from weights.mapped import MappedFile, OfMap
 
 # One row a tensor: its name in GGUF and in Hugging Face's checkpoints. Both store [out, in]; q and k are not permuted,
 # as these architectures rotate by halves ("NEOX"). GGUF stacks the experts [E, out, in]; here each has its own name.
@@ -59,7 +59,7 @@ AT_ONCE = 1 << 16
 LEAST_EXPERT = 64
 
 
-class GgufFile:
+class GgufFile(OfMap):
     """Tensors of one file: views of plain numbers, float32 copies of quantised ones."""
 
     def __init__(self, path: Path) -> None:
@@ -130,25 +130,6 @@ class GgufFile:
         if stored.kind in PLAIN:
             return raw.view(dtype).reshape(shape)
         return _dequantised(raw.reshape(-1, row), stored.kind, math.prod(shape[1:])).reshape(shape)
-
-    def holds(self, view: np.ndarray) -> bool:
-        """Whether a view's memory lies in this file."""
-        return self._file.holds(view)
-
-    def copy(self, view: np.ndarray, out: np.ndarray) -> bool:
-        """Fill `out` with the values of a view that this file holds; `MappedFile.copy`."""
-        return self._file.copy(view, out)
-
-    def check(self) -> None:
-        """Raise `UserError` where the file is no longer the one that was opened."""
-        self._file.check()
-
-    def release(self) -> None:
-        """Give the file's pages back to the system; views stay valid and would read the file again.
-
-        Raises `UserError` where the file is no longer the one that was opened: what came out of the views is not sound.
-        """
-        self._file.release()
 
 
 def _named(gguf: str, whole: Stored) -> Iterator[tuple[str, Stored]]:

@@ -64,5 +64,30 @@ class MappedFile:
         self.bytes.madvise(mmap.MADV_DONTNEED)
 
 
+class OfMap:
+    """What a file of tensors takes over from the map of its bytes."""
+
+    _file: MappedFile
+
+    def holds(self, view: np.ndarray) -> bool:
+        """Whether a view's memory lies in this file."""
+        return self._file.holds(view)
+
+    def copy(self, view: np.ndarray, out: np.ndarray) -> bool:
+        """Fill `out` with the values of a view that this file holds; `MappedFile.copy`."""
+        return self._file.copy(view, out)
+
+    def check(self) -> None:
+        """Raise `UserError` where the file is no longer the one that was opened."""
+        self._file.check()
+
+    def release(self) -> None:
+        """Give the file's pages back to the system; views stay valid and would read the file again.
+
+        Raises `UserError` where the file is no longer the one that was opened: what came out of the views is not sound.
+        """
+        self._file.release()
+
+
 def _version(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

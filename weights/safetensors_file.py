@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from weights.errors import UserError, brief, plain
 from weights.files import parse_json
-from weights.mapped import MappedFile
+from weights.mapped import MappedFile, OfMap
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -29,7 +29,7 @@ WHOLE: dict[str, np.dtype[Any]] = {
 MOST_AXES = 8
 
 
-class SafetensorsFile:
+class SafetensorsFile(OfMap):
     """Views of the tensors of one file. The `safetensors` package checks the file; the map is ours, to bound memory."""
 
     def __init__(self, path: Path) -> None:
@@ -98,22 +98,3 @@ class SafetensorsFile:
         with self._lock:
             self.bytes_read += view.nbytes
         return view.reshape(stop - start, *shape[1:])
-
-    def holds(self, view: np.ndarray) -> bool:
-        """Whether a view's memory lies in this file."""
-        return self._file.holds(view)
-
-    def copy(self, view: np.ndarray, out: np.ndarray) -> bool:
-        """Fill `out` with the values of a view that this file holds; `MappedFile.copy`."""
-        return self._file.copy(view, out)
-
-    def check(self) -> None:
-        """Raise `UserError` where the file is no longer the one that was opened."""
-        self._file.check()
-
-    def release(self) -> None:
-        """Give the file's pages back to the system; views stay valid and would read the file again.
-
-        Raises `UserError` where the file is no longer the one that was opened: what came out of the views is not sound.
-        """
-        self._file.release()

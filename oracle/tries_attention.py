@@ -1,0 +1,114 @@
+"""How hypotheses about attention are tried: RoPE, scale, heads, mask. The others are in `tries.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from oracle import fits
+from oracle.bench import Bench
+from oracle.tries import Tries, Try
+
+
+def theta(bench: Bench) -> Iterator[Try]:
+    """Another rope_theta: those that people use, and a fitted one."""
+    for theta in fits.thetas(bench):
+        yield Try(
+            theta, {"theta": theta}, f"rope_theta = {theta:.10g} (the config says {bench.settings['theta']:.10g})"
+        )
+
+
+def stretch(bench: Bench) -> Iterator[Try]:
+    """Positions divided by a fitted factor."""
+    for factor in fits.stretches(bench):
+        yield Try(factor, {"stretch": factor}, f"positions are divided by {factor:.6g} (linear scaling)")
+
+
+def yarn(doubled: bool) -> Tries:
+    """YaRN missing or applied twice, as a whole or by its halves."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        scaling = bench.settings["scaling"]
+        if scaling is None or scaling.rope_type != "yarn":
+            return
+        plain, turned = fits.frequencies(bench, None), fits.frequencies(bench, scaling)
+        twice, magnitude = turned * turned / plain, scaling.attention_factor
+        if not doubled:
+            yield Try(None, {"scaling": None}, "YaRN is not applied")
+            yield Try("frequencies", {"frequencies": plain}, "YaRN's frequencies are not applied")
+            yield Try("attention_factor", {"magnitude": 1.0}, "YaRN's attention factor is not applied")
+            return
+        yield Try(None, {"frequencies": twice, "magnitude": magnitude**2}, "YaRN is applied twice")
+        yield Try("frequencies", {"frequencies": twice}, "YaRN's frequencies are applied twice")
+        yield Try("attention_factor", {"magnitude": magnitude**2}, "YaRN's attention factor is applied twice")
+
+    return tries
+
+
+def before_norm(bench: Bench) -> Iterator[Try]:
+    """RoPE before the norm of heads."""
+    part = bench.stage[0]
+    config, field = bench.config, f"{part}_norm"
+    raw = bench.value("qkv_bias" if config.qkv_bias else "qkv_matmul") if config.qk_norm else None
+    if raw is None:
+        return
+    weight, eps = bench.tensor(field), config.rms_norm_eps
+
+    def after(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * weight
+
+    start = 0 if part == "q" else config.q_width
+    yield Try(None, {"raw": raw, "raw_start": start, "after": after}, "it is rotated before the head norm, not after")
+
+
+# --- attention
+
+
+def scales(bench: Bench) -> dict[str, tuple[float, str]]:
+    """The scales that engines use in place of 1/√h, and how to say it."""
+    config = bench.config
+    H, h = config.num_attention_heads, config.head_dim
+    return {
+        "scores_unscaled": (1.0, "the scores are not divided by √h"),
+        "scores_model_dim": (
+            (config.hidden_size / H) ** -0.5,
+            f"they are scaled by 1/√(D/H), D/H = {config.hidden_size / H:g}",
+        ),
+        "scores_head_dim": (1.0 / h, "they are scaled by 1/h, not 1/√h"),
+    }
+
+
+def scale(name: str) -> Tries:
+    """One of `scales`."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        scale, words = scales(bench)[name]
+        if scale != bench.config.head_dim**-0.5:
+            yield Try(None, {"scale": scale}, words)
+
+    return tries
+
+
+def kv_map(kind: str) -> Tries:
+    """Another kv head for each query head."""
+
+    def tries(bench: Bench) -> Iterator[Try]:
+        H, K = bench.config.num_attention_heads, bench.config.num_key_value_heads
+        head, group = np.arange(H), np.arange(H) // (H // K)
+        maps = {"modulo": (head % K, "h % K"), "reversed": (K - 1 - group, "K-1-h//G"), "first": (0 * head, "always 0")}
+        kv_map, words = maps[kind]
+        if not np.array_equal(kv_map, group):
+            yield Try(kind, {"kv_map": kv_map}, f"query head h reads kv head {words}, not h // G")
+
+    return tries
+
+
+def window(bench: Bench) -> Iterator[Try]:
+    """No sliding window, or one as long as the engine shows."""
+    if bench.settings["window"] is not None:
+        yield Try("none", {"window": None}, f"no sliding window (the config says {bench.settings['window']})")
+    for window in fits.windows(bench):
+        yield Try(
+            window, {"window": window}, f"a sliding window of {window} (the config says {bench.settings['window']})"
+        )
