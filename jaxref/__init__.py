@@ -1,8 +1,22 @@
 """The third oracle: a pure-functional forward of Qwen2 and Qwen3 in JAX that returns every intermediate by name."""
 
-from jaxref.loaded import load_tree
-from jaxref.model import forward
-from jaxref.session import Session
-from jaxref.stages import STAGES
+from typing import TYPE_CHECKING
+
+from weights.lazily import lazily
+
+if TYPE_CHECKING:
+    from jaxref.loaded import load_tree
+    from jaxref.model import forward
+    from jaxref.session import Session
+    from jaxref.stages import STAGES
 
 __all__ = ["STAGES", "Session", "forward", "load_tree"]
+
+_HOME = {
+    "jaxref.loaded": ("load_tree",),
+    "jaxref.model": ("forward",),
+    "jaxref.session": ("Session",),
+    "jaxref.stages": ("STAGES",),
+}
+
+__getattr__ = lazily(__name__, _HOME)

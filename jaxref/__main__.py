@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jaxref.command import run_dump
-from jaxref.options import prompt_options, read_prompt, run_options
+from jaxref.options import prompt_options, run_options
 from weights.cli import run
 
 if TYPE_CHECKING:
@@ -109,11 +109,12 @@ def use_compilation_cache() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def generate(max_tokens: int, dtype: str, device: str, as_json: bool, **options: Any) -> None:
     """Continue a prompt greedily with MODEL and print the token ids and the text."""
-    request = read_prompt(**options)
+    from jaxref.asked import read_prompt
     from jaxref.devices import find_devices, out_of_memory_in_words, prepare
     from jaxref.generate import generate as decode
     from jaxref.precision import numerics_of
 
+    request = read_prompt(**options)
     prepare(device)
     numerics, found = numerics_of(dtype), find_devices(device)[0]
     use_compilation_cache()

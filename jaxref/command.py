@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxref.options import read_prompt, read_selection
-from weights import UserError
+from weights.errors import UserError
 
 if TYPE_CHECKING:
     from jaxref.dump import Job, Progress, Report
@@ -72,6 +71,8 @@ def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:
     )
     as_stored = options.pop("activations", "exact") == "stored"
     wanted = {name: options.pop(name) for name in ("stages", "layers", "positions")}
+    from jaxref.asked import read_prompt, read_selection
+
     asked = read_prompt(**options)
     selection = read_selection(asked, **wanted)
     from jaxref.dump import Job

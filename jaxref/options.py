@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-
-from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages, whole_number
-from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint
-
-DEFAULT_PROMPT = "What is 2+2?"
-# The default prompt in Qwen2's and Qwen3's vocabulary, for checkpoints without a tokenizer.
-DEFAULT_TOKENS = [3838, 374, 220, 17, 10, 17, 30]
-MANY_TOKENS = 16  # longer lists are not printed whole
 
 _PROMPT = (
     click.argument("model", required=False),
@@ -52,83 +43,3 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A model and the token ids it is asked about."""
-
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer | None
-    prompt: str | None
-    tokens: list[int]
-
-
-def read_prompt(
-    model: str | None, prompt: str | None, tokens: str | None, tokens_file: Path | None, chat: bool
-) -> Prompt:
-    """Open the model and turn the prompt into ids inside its vocabulary. Raises `UserError`."""
-    options = {"--prompt": prompt, "--tokens": tokens, "--tokens-file": tokens_file}
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} exclude each other; give one")
-    checkpoint = open_checkpoint(EMBEDDED if model is None else model)
-    tokenizer = checkpoint.tokenizer()
-    if tokens_file is not None:
-        tokens = _read_tokens(tokens_file)
-    if tokens is not None:
-        if chat:
-            raise UserError("--chat needs --prompt: token ids are taken as they are")
-        text, ids = None, parse_tokens(tokens)
-    else:
-        text, ids = _encode(prompt, tokenizer, chat, checkpoint)
-    size = checkpoint.config.vocab_size
-    if outside := [t for t in ids if not 0 <= t < size]:
-        raise UserError(f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {size - 1}")
-    return Prompt(checkpoint, tokenizer, text, ids)
-
-
-def read_selection(asked: Prompt, stages: str, layers: str, positions: str | None) -> Selection:
-    """What of the model's trace is wanted. Raises `UserError`."""
-    config, count = asked.checkpoint.config, len(asked.tokens)
-    return Selection(
-        config,
-        count,
-        parse_stages(stages, config),
-        parse_layers(layers, config.num_hidden_layers),
-        parse_positions(positions, count),
-    )
-
-
-def _encode(
-    prompt: str | None, tokenizer: Tokenizer | None, chat: bool, checkpoint: Checkpoint
-) -> tuple[str, list[int]]:
-    if tokenizer is None:
-        if prompt is not None or chat:
-            raise UserError(f"{checkpoint.folder}: there is no tokenizer; give --tokens instead of --prompt")
-        return DEFAULT_PROMPT, list(DEFAULT_TOKENS)
-    text = DEFAULT_PROMPT if prompt is None else prompt
-    if any("\ud800" <= char <= "\udfff" for char in text):  # how Python holds bytes of an argument that are no UTF-8
-        raise UserError("the prompt is not valid UTF-8 text")
-    text = tokenizer.chat(text) if chat else text
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise UserError("the prompt is empty; at least one token is needed")
-    return text, ids
-
-
-def _read_tokens(path: Path) -> str:
-    try:
-        return ",".join(path.read_text(encoding="utf-8").replace(",", " ").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as token ids: {error}") from None
-
-
-def parse_tokens(text: str) -> list[int]:
-    """A comma list of token ids. Raises `UserError` where it is empty or holds anything else."""
-    if not text.strip():
-        raise UserError("no token ids; at least one is needed")
-    try:
-        return [whole_number(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"tokens {text[:60]!r}: whole numbers between commas were expected") from None

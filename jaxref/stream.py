@@ -44,7 +44,7 @@ def trace(
     has one row for each of them.
     """
     config, numerics = source.checkpoint.config, source.numerics
-    positions = jnp.arange(len(tokens))
+    positions = jnp.asarray(np.arange(len(tokens)))  # jnp.arange would be compiled
     rows = selection.rows(STAGES["moe_expert_out"])
     keep = np.arange(len(tokens)) if rows is None else np.asarray(rows)
     hidden = source.embed(tokens)
@@ -80,5 +80,5 @@ def _head(source: Reader, hidden: Array, selection: Selection) -> Iterator[tuple
     yield None, Piece("final_norm", x)
     if selection.wants(None, "lm_head"):
         rows = selection.rows(STAGES["lm_head"])
-        logits = source.logits(x if rows is None else x[np.asarray(rows)])
+        logits = source.logits(x if rows is None else jnp.asarray(np.asarray(x)[np.asarray(rows)]))
         yield None, Piece("lm_head", logits, selected=True)  # type: ignore[arg-type]

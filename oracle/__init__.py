@@ -1,8 +1,8 @@
 """Compare, localize, explain: verdicts over trees, and the Hugging Face path. Nothing heavy is imported until used."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from typing import TYPE_CHECKING, Any
+from weights.lazily import lazily
 
 if TYPE_CHECKING:
     from oracle.comparer import compare
@@ -10,14 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = ["assert_parity", "compare"]
 
+_HOME = {"oracle.comparer": ("compare",), "oracle.testing": ("assert_parity",)}
 
-def __getattr__(name: str) -> Any:
-    if name == "assert_parity":
-        from oracle.testing import assert_parity
-
-        return assert_parity
-    if name == "compare":
-        from oracle.comparer import compare
-
-        return compare
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOME)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxref.options import read_prompt
 from oracle.page import check_html, write_told
-from weights import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from weights import Checkpoint
 
 _PATH = click.Path(path_type=Path)
 _OPTIONS = (
@@ -68,6 +69,9 @@ def run_replay(options: dict[str, Any], *, explained: bool) -> int:
 
 def _asked(model: str, options: dict[str, Any]) -> tuple[Checkpoint, list[int] | None]:
     """The checkpoint, and the token ids if any were given: nothing is assumed about an engine's prompt."""
+    from jaxref.asked import read_prompt
+    from weights import open_checkpoint
+
     words = {name: options.pop(name) for name in ("prompt", "tokens", "tokens_file", "chat")}
     if any(value for value in words.values()):
         asked = read_prompt(model, **words)

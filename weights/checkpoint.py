@@ -1,35 +1,29 @@
-"""`Checkpoint`: a folder, a file, a GGUF, a sharded index or a cached Hugging Face id, read one layer at a time."""
+"""`Checkpoint`: one model's tensors by name, read one layer at a time from files that `opening.py` found."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from weights import names
 from weights.config import Config
-from weights.config_json import read_config
-from weights.errors import UserError, brief, listed, plain
-from weights.files import read_json
-from weights.gguf_config import read_gguf_config
-from weights.gguf_file import GgufFile, open_parts
+from weights.errors import UserError, listed
 from weights.params import Expert, Layer, Params, expert_names, layer_names, whole_params
-from weights.safetensors_file import SafetensorsFile
-from weights.tokenizer import Tokenizer, open_tokenizer, tokenizer_from_metadata
 from weights.upcast import all_finite
 
-TensorFile = SafetensorsFile | GgufFile
+if TYPE_CHECKING:
+    from weights.gguf_file import GgufFile
+    from weights.safetensors_file import SafetensorsFile
+    from weights.tokenizer import Tokenizer
 
-# A tiny random Qwen2 that needs no download: `python -m weights tiny weights/embedded` made it. People call it `tiny`.
-EMBEDDED = Path(__file__).parent / "embedded"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+    TensorFile = SafetensorsFile | GgufFile
+
 # Buffers that some exporters save beside the weights; they are functions of the config.
 DERIVED = ("rotary_emb.inv_freq",)
 
@@ -38,12 +32,18 @@ class Checkpoint:
     """Lazy, memory-mapped access to one model's tensors [out, in]: views in the dtype on disk; float32 if quantised."""
 
     def __init__(
-        self, folder: Path, config: Config, files: Mapping[str, TensorFile], places: Mapping[str, str]
+        self,
+        folder: Path,
+        config: Config,
+        files: Mapping[str, TensorFile],
+        places: Mapping[str, str],
+        tokenizer: Callable[[], Tokenizer | None],
     ) -> None:
         self.folder = folder  # of a GGUF, the file itself: nothing that lies beside it belongs to it
         self.config = config
         self.files = files  # file name -> open file
         self._places = places  # tensor name -> file name
+        self._tokenizer = tokenizer
         self.stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in places)
         _check_tensors(config, self)
 
@@ -69,15 +69,11 @@ class Checkpoint:
 
     def stored_as(self, name: str) -> str:
         """How a tensor is stored, for people: its dtype, or GGUF's name of its type."""
-        file = self.files[self._places[name]]
-        return file.stored_as(name) if isinstance(file, GgufFile) else str(file.dtype(name))
+        return self.files[self._places[name]].stored_as(name)
 
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None where it has none. Raises `UserError` for one that is not readable."""
-        first = next(iter(self.files.values()))
-        if isinstance(first, GgufFile):
-            return tokenizer_from_metadata(self.folder, first.metadata)
-        return open_tokenizer(self.folder)
+        return self._tokenizer()
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A view of rows `start:stop` of one tensor by its checkpoint name."""
@@ -154,107 +150,6 @@ def _digest(file: TensorFile, whole: bool) -> dict[str, str]:
         with file.path.open("rb") as stream:
             digest["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digest
-
-
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open a folder, a `.safetensors` or `.gguf` file, an index file, a Hugging Face id in the local cache, or `tiny`.
-
-    Raises `UserError` where there is none, where tensors are missing, unknown or mis-shaped (all of them listed), where
-    a file is truncated, or where an index points outside its folder. Only safetensors are read, never pickles.
-    """
-    path = _locate(model)
-    if path.suffix == ".gguf":
-        return _open_gguf(path)
-    folder = path if path.is_dir() else path.parent
-    config = read_config(folder / "config.json")
-    places = _places(path)
-    files = {name: SafetensorsFile(folder / name) for name in sorted(set(places.values()))}
-    stored = _stored(folder, files)
-    if path.name != SINGLE and (lost := sorted(t for t, f in places.items() if t and t not in files[f].entries)):
-        raise UserError(f"{folder}: the index names tensors that their shard does not hold: {listed(lost)}")
-    return Checkpoint(folder, config, files, stored)
-
-
-def _open_gguf(path: Path) -> Checkpoint:
-    files = open_parts(path)
-    places = _stored(path, files)
-    config = read_gguf_config(path, files[path.name].metadata, places)
-    return Checkpoint(path, config, files, places)
-
-
-def _stored(where: Path, files: Mapping[str, TensorFile]) -> dict[str, str]:
-    """Tensor name -> the one file that holds it."""
-    places = {tensor: name for name, file in files.items() for tensor in file.entries}
-    if len(places) < sum(len(file.entries) for file in files.values()):
-        counts = Counter(tensor for file in files.values() for tensor in file.entries)
-        twice = sorted(tensor for tensor, count in counts.items() if count > 1)
-        raise UserError(f"{where}: tensors that more than one file holds: {listed(twice)}")
-    return places
-
-
-def _locate(model: str | Path) -> Path:
-    try:
-        path = Path(model).expanduser()
-        folder = path.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # no name of a file, or the home of a user who is not there
-        raise UserError(f"{plain(model)}: no such model: {plain(error)}") from None
-    if folder:
-        return path
-    if model == "tiny":
-        return EMBEDDED
-    if path.is_file():
-        if path.suffix in (".safetensors", ".gguf") or path.name.endswith(".safetensors.index.json"):
-            return path
-        raise UserError(f"{path}: not a checkpoint; a folder, .safetensors, .gguf or {INDEX} was expected")
-    if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return _cached(model)
-    raise UserError(
-        f"{plain(model)}: no such model; give a folder, a .safetensors or .gguf file, or an id in Hugging Face's cache"
-    )
-
-
-def _cached(model_id: str) -> Path:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model_id, "config.json")
-    except HFValidationError:
-        found = None
-    if not isinstance(found, str):
-        raise UserError(f"{plain(model_id)}: neither a folder here nor an id in the local Hugging Face cache")
-    return Path(found).parent
-
-
-def _places(path: Path) -> dict[str, str]:
-    """Tensor name -> file name; for a single file one entry with an empty tensor name."""
-    if path.is_file() and path.suffix == ".safetensors":
-        return {"": path.name}
-    index = path if path.is_file() else path / INDEX
-    if index.exists():
-        return _read_index(index)
-    if (path / SINGLE).exists():
-        return {"": SINGLE}
-    pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
-    hint = f" ({', '.join(pickles)}: pickle files are never read)" if pickles else ""
-    raise UserError(f"{path}: holds neither {SINGLE} nor {INDEX}{hint}")
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name. A name is of the index's own folder, where a file may be a symbolic link elsewhere."""
-    try:
-        stated = read_json(index)
-    except FileNotFoundError:
-        raise UserError(f"{index}: no such file") from None
-    places = stated.get("weight_map") if isinstance(stated, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()) or not places:
-        raise UserError(f"{index}: not a safetensors index: weight_map must map tensor names to file names")
-    for name in sorted(set(places.values())):
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise UserError(f"{index}: names {brief(name)}, which is not a file of its own folder")
-        if not name.endswith(".safetensors"):
-            raise UserError(f"{index}: names {brief(name)}; only .safetensors files are read")
-    return places
 
 
 def _same_head(checkpoint: Checkpoint, rows: int = 4096) -> bool:

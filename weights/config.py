@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
-
 from weights.errors import UserError, brief
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
@@ -27,10 +25,9 @@ class RopeScaling:
     truncate: bool = True
 
 
-@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Config:
-    """One model's numbers, by the names of `config.json`; hashable and static, so that it passes through `jax.jit`."""
+    """One model's numbers, by the names of `config.json`; hashable, and static in `jax.jit` (`params.py`)."""
 
     model_type: str
     vocab_size: int  # V

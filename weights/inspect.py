@@ -8,8 +8,9 @@ import re
 from typing import Any
 
 from weights import names
-from weights.checkpoint import Checkpoint, open_checkpoint
+from weights.checkpoint import Checkpoint
 from weights.config import Config
+from weights.opening import open_checkpoint
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -9,10 +9,13 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from jax.tree_util import register_dataclass
+from jax.tree_util import register_dataclass, register_static
 
 from weights import names
 from weights.config import Config
+
+# Here and not where it is written: a command that needs no JAX must not wait for its import.
+register_static(Config)
 
 Tensor = Any  # a jax.Array, or a numpy view of the checkpoint's map
 

@@ -82,6 +82,10 @@ class SafetensorsFile(OfMap):
             raise UserError(f"{self.path}: {name} is stored as {stated}; supported are {', '.join(DTYPES)}")
         return DTYPES[stated]
 
+    def stored_as(self, name: str) -> str:
+        """The dtype on disk, for people. Raises `UserError` for one that holds no plain floats."""
+        return str(self.dtype(name))
+
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A read-only view of rows `start:stop` of the first axis; nothing is read until the view is.
 

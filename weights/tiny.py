@@ -12,10 +12,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from weights import names
-from weights.checkpoint import INDEX, SINGLE
 from weights.config import Config
 from weights.config_json import config_from_dict
 from weights.errors import UserError
+from weights.opening import INDEX, SINGLE
 from weights.params import random_tensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import click
 
 from jaxref.__main__ import main as jaxref_main
-from jaxref.options import parse_tokens, read_prompt
+from jaxref.asked import parse_tokens, read_prompt
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
 from jaxref.stages import STAGES
 from oracle.__main__ import main as oracle_main

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from weights import Config, config_from_dict
-from weights.checkpoint import INDEX
 from weights.names import layer_shapes, model_shapes
+from weights.opening import INDEX
 from weights.tiny import tiny_config
 
 ROWS = 4096  # of a matrix are drawn; the rest repeat them, since drawing a billion numbers takes longer than a run
