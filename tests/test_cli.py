@@ -211,6 +211,32 @@ def test_a_disk_that_fills_up_leaves_no_half_file_and_the_same_dump_finishes(tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_jax_is_imported_waits_for_its_end(tmp_path: Path, number: int) -> None:
+    # Stands before JAX, whose modules in C end in a crash where Python code that they run is broken off.
+    (tmp_path / "jax.py").write_text(
+        f"import os, pathlib, sys\nos.kill(os.getpid(), {int(number)})\nfor _ in range(9**5): pass\n"
+        f"pathlib.Path(__file__).with_suffix('.whole').touch()\nsys.path.remove({str(tmp_path)!r})\n"
+        "del sys.modules['jax']\nimport jax\n"
+    )
+    words = [sys.executable, "-m", "jaxref", "dump", "tiny", "--output", str(tmp_path / "tree")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (tmp_path / "jax.whole").exists()
+    assert (ended.returncode, ended.stderr.strip()) == (
+        130,
+        "error: interrupted; nothing half-written is left, the same command finishes it",
+    )
+
+
+@pytest.mark.parametrize("module", ["jaxref", "oracle", "weights"])
+def test_help_needs_neither_jax_nor_numpy(module: str) -> None:
+    code = f"import sys, runpy\nsys.argv = ['x', '--help']\ntry: runpy.run_module({module!r}, run_name='__main__')\n"
+    code += "except SystemExit: print({'jax', 'numpy', 'gguf', 'rich'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_dump_leaves_no_manifest_and_no_half_file(tmp_path: Path, number: int) -> None:
     write_random(tmp_path / "m", tiny_config("qwen2", "0.5b", 12, vocab_size=512))
     words = [sys.executable, "-m", "jaxref", "dump", str(tmp_path / "m"), "--output", str(tmp_path / "tree")]

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -22,8 +23,9 @@ def run(command: click.Command) -> NoReturn:
     _open_streams()
     # Importing JAX makes objects by the hundred thousand, and none of them goes: looking for garbage costs 0.1 s.
     gc.set_threshold(100_000)
-    # A job scheduler's SIGTERM must leave no half file either.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # A job scheduler's SIGTERM must leave no half file either; SIGALRM is what `_interrupt` asks for.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _interrupt)
     sys.unraisablehook = _again
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need be no text, and is printed all the same
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -56,7 +58,13 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - open to the end
 
 
-def _interrupt(number: int, frame: object) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End the work, but no import: modules in C that are broken off as they begin end in a crash, not in a line."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
@@ -71,7 +79,7 @@ def _again(lost: sys.UnraisableHookArgs) -> None:
 def _leave(code: int) -> NoReturn:
     """The work is done: Ctrl-C in the interpreter's last moments would only print what it broke off there."""
     gc.freeze()  # as the interpreter ends it would look through all that there is, for 0.1 s
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 

@@ -69,7 +69,7 @@ def here(
     words: Sequence[object], folder: Path, capsys: pytest.CaptureFixture[str], command: click.Command = main
 ) -> tuple[int, str]:
     """The same in this process, in a tenth of the time."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
     with (
         patch.object(sys, "argv", ["jaxref", *map(str, words), "--output", str(folder)]),
         patch.object(sys, "unraisablehook", sys.unraisablehook),
