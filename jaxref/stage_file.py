@@ -16,7 +16,8 @@ from jaxref.tree import stage_path
 from jaxref.writing import temporary_of
 from weights import UserError
 
-CHUNK = 1 << 16  # numbers that stay in the cache while they are summed
+AT_ONCE = 1 << 20  # numbers that stay in the last cache while they are summed, written and hashed
+CHUNK = 1 << 16  # and in the first ones while they are summed
 
 
 class Figures:
@@ -89,11 +90,15 @@ class StageFile:
     def write(self, block: np.ndarray) -> bool:
         """Write the next rows; True when the tensor is whole."""
         values = np.ascontiguousarray(block, self.dtype)
-        self._figures.add(values)
         axis = self.stage.row_axis
         if values.shape[axis] == self.shape[axis]:
-            self._put(values.reshape(-1).view(np.uint8).data)
+            flat = values.reshape(-1)
+            for start in range(0, flat.size, AT_ONCE):
+                part = flat[start : start + AT_ONCE]
+                self._figures.add(part)
+                self._put(part.view(np.uint8).data)
         else:
+            self._figures.add(values)
             self._put_rows(values, axis)
         self._row += values.shape[axis]
         return self._row == self.shape[axis]
