@@ -13,6 +13,7 @@ import click
 from jaxref.command import run_dump
 from jaxref.options import prompt_options, run_options
 from weights.cli import run
+from weights.errors import UserError
 
 if TYPE_CHECKING:
     from jaxref.dump import Job, Progress, Report
@@ -39,12 +40,13 @@ def main() -> None:
 )
 @click.option("--mesh", help="Several devices as one: tp=N splits heads, feed-forward and vocabulary among N.")
 @click.option("--max-device-memory", help="For example 8GB or 512MiB.  [default: 90 % of what is free on a GPU]")
-def dump(mesh: str | None, max_device_memory: str | None, **options: Any) -> None:
+@click.option("--hosts", help="Several processes as one mesh: ADDRESS:PORT,COUNT,INDEX, or auto under Slurm or MPI.")
+def dump(mesh: str | None, max_device_memory: str | None, hosts: str | None, **options: Any) -> None:
     """Run MODEL over a prompt and write every stage of every layer below --output.
 
     MODEL is a folder, a .safetensors file or an id in the local Hugging Face cache; without it, a tiny built-in model.
     """
-    placement = Placement(options["device"], mesh, max_device_memory)
+    placement = Placement(options["device"], mesh, max_device_memory, hosts)
     run_dump(options, placement.write, planned=placement.memory)
 
 
@@ -55,20 +57,27 @@ class Placement:
     device: str
     mesh: str | None
     limit: str | None
+    hosts: str | None
 
     def write(self, job: Job, device: str, progress: Progress) -> Report:
         """Find the devices and write the tree."""
         from jaxref.devices import find_devices, parse_size, prepare
         from jaxref.dump import dump as write
-        from jaxref.mesh import make_mesh, parse_mesh
+        from jaxref.hosts import joined, parse_hosts
+        from jaxref.mesh import here, make_mesh, parse_mesh
 
         limit = None if self.limit is None else parse_size(self.limit)
         sizes = None if self.mesh is None else parse_mesh(self.mesh)
+        hosts = None if self.hosts is None else parse_hosts(self.hosts)
+        if hosts is not None and sizes is None:
+            raise UserError("--hosts: needs --mesh, which says how the model is split; for example --mesh tp=8")
         prepare(device)
         use_compilation_cache()
-        devices = find_devices(device)
-        mesh = None if sizes is None else make_mesh(sizes, devices)
-        return write(replace(job, device=devices[0], mesh=mesh, max_memory=limit), progress=progress)
+        with joined(hosts) as crew:
+            devices = find_devices(device)
+            mesh = None if sizes is None else make_mesh(sizes, devices)
+            job = replace(job, device=here(devices), mesh=mesh, max_memory=limit, crew=crew)
+            return write(job, progress=progress)
 
     def memory(self, job: Job) -> MemoryPlan:
         """What the job will need on each device. Raises `UserError` where that is more than the limit."""

@@ -39,6 +39,8 @@ def run_dump(
         return
     with show.progress_bar(job.selection.depth(), quiet=quiet or as_json) as progress:
         report = write(job, device, progress)
+    if not report.files:
+        return  # another process of the mesh has written it, and tells
     likeliest = show.next_tokens(report.logits, tokenizer)
     seconds = time.perf_counter() - begun
     if as_json:

@@ -57,7 +57,10 @@ def find_devices(name: str) -> list[Any]:
 def described(device: Device, mesh: Mesh | None) -> dict[str, Any]:
     """The device as the manifest has it; the mesh only where there is one."""
     found = {"platform": device.platform, "kind": device.device_kind, "cpus": os.cpu_count()}
-    return found if mesh is None else found | {"mesh": dict(mesh.shape)}
+    if mesh is None:
+        return found
+    processes = len({device.process_index for device in mesh.devices.flat})
+    return found | {"mesh": dict(mesh.shape)} | ({"processes": processes} if processes > 1 else {})
 
 
 def parse_size(text: str) -> int:

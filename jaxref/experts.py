@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from jaxref import ops
 from jaxref.feedforward import moe_ffn_out, swiglu
+from jaxref.mesh import to_host
 from jaxref.precision import Numerics
 from weights import Expert
 
@@ -101,7 +102,7 @@ def chosen_experts(
 
     The experts come from `source` in the order of their ids, which is the order of the sum.
     """
-    routed, shares = np.asarray(indices), np.asarray(weights)
+    routed, shares = to_host(indices), to_host(weights)
     places = np.full(x.shape[0], -1)
     places[keep] = np.arange(len(keep))
     kept: Inside | None = None
@@ -142,5 +143,5 @@ def _keep(kept: Inside | None, found: Inside, places: np.ndarray, ranks: np.ndar
     rows = np.flatnonzero(places >= 0)
     if rows.size:
         for target, value in zip(kept, found, strict=True):
-            target[places[rows], ranks[rows]] = np.asarray(value)[rows]  # type: ignore[index]
+            target[places[rows], ranks[rows]] = to_host(value)[rows]  # type: ignore[index]
     return kept

@@ -7,10 +7,12 @@ or inner columns is split by its rows, what takes them in by its columns; the he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from weights import Config, UserError
@@ -44,12 +46,19 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
-    """A mesh of the first of these devices. Raises `UserError` where they are too few."""
+    """A mesh of the first of these devices.
+
+    Raises `UserError` where they are too few, or where a process of several has none of them.
+    """
     wanted = int(np.prod(list(sizes.values())))
     if wanted > len(devices):
         platform = devices[0].platform
         hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes as many" if platform == "cpu" else ""
         raise UserError(f"mesh {mesh_text(sizes)}: needs {wanted} devices, JAX finds {len(devices)} ({platform}){hint}")
+    if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:wanted]}:
+        raise UserError(
+            f"mesh {mesh_text(sizes)}: process {min(idle)} has none of its devices; tp={len(devices)} takes all of them"
+        )
     grid = np.asarray(devices[:wanted]).reshape(tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -77,6 +86,26 @@ def sharding(mesh: Mesh, name: str, shape: tuple[int, ...], config: Config) -> N
     """How a parameter lies on the mesh."""
     axis = split_axis(name, shape, config, mesh.shape[TENSOR])
     return replicated(mesh) if axis is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, TENSOR))
+
+
+def put(copy: np.ndarray, place: Any) -> Array:
+    """An array on a device, or placed by a sharding; of a mesh of several processes each puts its own part."""
+    if isinstance(place, NamedSharding) and not place.is_fully_addressable:
+        return jax.make_array_from_callback(copy.shape, place, copy.__getitem__)  # `device_put` would compare them all
+    return jax.device_put(copy, place)
+
+
+def to_host(value: Array | np.ndarray) -> np.ndarray:
+    """A value in NumPy. One that lies split among several processes is brought to each of them, all together."""
+    if isinstance(value, Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+        mesh = value.sharding.mesh  # type: ignore[attr-defined]  # a NamedSharding's, as all that a mesh's programs give
+        value = jax.device_put(value, replicated(mesh))
+    return np.asarray(value)
+
+
+def here(devices: Iterable[Any]) -> Any:
+    """The first of these devices that is this process's own."""
+    return next(device for device in devices if device.process_index == jax.process_index())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

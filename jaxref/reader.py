@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxref import ops
 from jaxref.activations import Matrix, Weight, activation_of
-from jaxref.mesh import replicated, sharding
+from jaxref.mesh import put, replicated, sharding, to_host
 from jaxref.model import head_rows
 from jaxref.precision import Device, Numerics
 from weights import Checkpoint, Expert, Layer
@@ -92,7 +92,7 @@ class Reader:
         """[S, V]: the head on normed rows [S, D], read in blocks."""
         self.forget()
         # `map` lets go of a block before it asks for the next.
-        made = map(lambda block: np.asarray(ops.linear(x, block, numerics=self.numerics)), self.head())
+        made = map(lambda block: to_host(ops.linear(x, block, numerics=self.numerics)), self.head())
         return np.concatenate(list(made), axis=-1)
 
     def norm(self) -> Array:
@@ -146,7 +146,7 @@ class Reader:
         with self.numerics.context():
             # Without the wait, the copy could be written over while it is on its way. It is the reader's thread that
             # waits, so the transfer still runs under the computing. (On a CPU the copy itself becomes the array.)
-            return jax.device_put(copy, self._place(name, copy.shape, whole)).block_until_ready()
+            return put(copy, self._place(name, copy.shape, whole)).block_until_ready()
 
     def _place(self, name: str, shape: tuple[int, ...], whole: bool) -> Any:
         if not isinstance(self.device, Mesh):

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from jaxref.mesh import to_host
 from jaxref.model import Piece, Pieces, Place, Routing, decoder_layer
 from jaxref.precision import Device, Numerics
 from jaxref.reader import Reader, Warn, warn_on_stderr
@@ -80,5 +81,5 @@ def _head(source: Reader, hidden: Array, selection: Selection) -> Iterator[tuple
     yield None, Piece("final_norm", x)
     if selection.wants(None, "lm_head"):
         rows = selection.rows(STAGES["lm_head"])
-        logits = source.logits(x if rows is None else jnp.asarray(np.asarray(x)[np.asarray(rows)]))
+        logits = source.logits(x if rows is None else jnp.asarray(to_host(x)[np.asarray(rows)]))
         yield None, Piece("lm_head", logits, selected=True)  # type: ignore[arg-type]
