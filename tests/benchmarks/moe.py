@@ -24,6 +24,7 @@ from weights.names import EXPERTS, layer_rows, model_shapes
 
 TOKENS = "3838,374,220,17,10,17,30"
 BF16 = 2
+TOUCH = 6.0  # GB
 
 
 def needed(config: Config, tree: Path) -> int:
@@ -42,7 +43,7 @@ def needed(config: Config, tree: Path) -> int:
 def ours(model: Path, tokens: Path, output: Path) -> Run:
     """Measure and print one depth."""
     command = [*dump_command(model, tokens, output), "--positions", "all"]
-    run = measure(command, output)
+    run = measure(command, output, touch=TOUCH)
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     read = json.loads(again.stdout)["bytes_read"]
     checkpoint = open_checkpoint(model)
@@ -69,7 +70,7 @@ def main() -> None:
             model = random_model(folder / f"30b-a3b-{layers}", *shape)
             times[layers] = ours(model, tokens, tree).seconds
             if layers == options.hf:
-                run = measure(lean_command(model, tokens, tree), tree)
+                run = measure(lean_command(model, tokens, tree), tree, touch=3 * TOUCH)
                 ratio = run.seconds / times[layers]
                 print(f"{layers:3} layers  HF {run.seconds:15.2f} s  {run.peak_mb:6.0f} MB peak  ratio {ratio:.1f}")
         slope, start = np.polyfit(list(times), list(times.values()), 1)

@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {reason or 'ready'}")
         return int(any(reasons.values()))
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        plan = Plan(peers, options.tokens, options.repeat, options.environments, options.limit, options.memory)
+        plan = Plan(
+            peers, options.tokens, options.repeat, options.environments, options.limit, options.memory, options.touch
+        )
         found = Series(plan, Path(scratch), options.model).run()
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -51,6 +53,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where the scratch folder is made")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which one process is stopped")
     parser.add_argument("--memory", type=float, default=0.95, help="of what is free, what one process may have")
+    parser.add_argument(
+        "--touch", type=float, default=8.0, help="GB of free memory that are written to before each run"
+    )
     parser.add_argument("--json", type=Path, help="write every single run there too")
     options = parser.parse_args(arguments)
     if len(options.repeat) not in (1, len(options.tokens)):

@@ -17,6 +17,7 @@ from tests.benchmarks.measure import (
     Failed,
     Run,
     dump_command,
+    free_memory,
     into_page_cache,
     measure,
     medians,
@@ -37,6 +38,7 @@ class Plan:
     environments: Path
     limit: float  # seconds of one process
     memory: float  # of what is free, of one process
+    touch: float  # GB of memory that are touched before each run
 
 
 @dataclass
@@ -118,7 +120,9 @@ class Series:
         memory = int(self.plan.memory * free_memory())
         print(f"{time.strftime('%H:%M:%S')} {count} tokens {peer.name}", file=sys.stderr)
         command, environment = peer.command(place), self._environment
-        run = measure(command, output, limit=self.plan.limit, memory=memory, environment=environment)
+        run = measure(
+            command, output, limit=self.plan.limit, memory=memory, environment=environment, touch=self.plan.touch
+        )
         if peer.name not in self.captured:
             self.captured[peer.name] = self._compare(tokens, output)
         return run
@@ -146,12 +150,6 @@ class Series:
         if done.returncode:
             raise Failed(f"{module}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
         return json.loads(done.stdout)
-
-
-def free_memory() -> int:
-    """Bytes that can be had without swapping."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def machine() -> dict[str, Any]:
