@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from jaxref.aprt import read_aprt
+from jaxref.aprt import open_aprt, open_safetensors
 from jaxref.stages import ALIASES, STAGES
 from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest
 from weights import UserError
 from weights.errors import brief, plain
-from weights.safetensors_file import MOST_AXES, SafetensorsFile
+from weights.safetensors_file import MOST_AXES
 
 _ORDER = {name: place for place, name in enumerate(STAGES)}
 _FIGURES = ("min", "max", "rms")
@@ -34,7 +34,8 @@ class NotThere(UserError, KeyError):
 class Named(NDArrayOperatorsMixin):
     """One tensor. NumPy, JAX and matplotlib take it as an array; what they compute from it is a plain array.
 
-    `values` is a read-only map of the file: nothing is read until it is used. `axes` are None where nobody said them.
+    `values` is a read-only map of the file: nothing is read until it is used, and what is read is what lies there then.
+    `axes` are None where nobody said them.
     """
 
     name: str
@@ -177,7 +178,11 @@ class LoadedTree(Mapping[str, LoadedLayer | Named]):
 def load_tree(folder: str | Path) -> LoadedTree:
     """Open a dumped tree of any producer; files are mapped when they are asked for.
 
-    Raises `UserError` for a folder that holds no tree, and for what is not in it, with a list of what is.
+    A tensor whose file is written later shows the new values or a mixture, and one whose file is cut ends the process
+    (SIGBUS), as with any map. Of a tree that its engine may write again, keep copies: `np.array(tree["lm_head"])`. A
+    file that is replaced or removed (as `dump` does) leaves them as they were. The commands of `oracle` read the files
+    and end in one line. Raises `UserError` for a folder that holds no tree, and for what is not in it, with a list of
+    what is.
     """
     return LoadedTree(Path(folder))
 
@@ -209,18 +214,10 @@ def _stage_files(folder: Path) -> dict[str, Path]:
 def _mapped(path: Path, layer: int | None, stage: str) -> np.ndarray:
     """The values of an APRT (flat) or safetensors file (in its own shape)."""
     if path.suffix == ".safetensors":
-        return _safetensors(path)
-    stated, values = read_aprt(path)
+        return np.asarray(open_safetensors(path).map())
+    stated, values = open_aprt(path)
     # An engine may call the embedding a stage of layer 0 or of the whole model; nothing else is ambiguous.
     if stated != layer and stage != "embedding":
         header, place = ("whole-model" if n is None else n for n in (stated, layer))
         raise UserError(f"{path}: its header says layer {header}, its place says {place}")
-    return np.asarray(values)
-
-
-def _safetensors(path: Path) -> np.ndarray:
-    file = SafetensorsFile(path)
-    if len(file.entries) != 1:
-        raise UserError(f"{path}: holds {len(file.entries)} tensors; a stage's file holds one")
-    (name,) = file.entries
-    return file.tensor(name)
+    return np.asarray(values.map())

@@ -18,6 +18,7 @@ from typing import Any
 from jaxref.writing import locked, temporary_of, write_json
 from weights import UserError
 from weights.files import read_json
+from weights.identity import same_weights
 
 SCHEMA = "jaxref-tree-v1"
 MANIFEST = "manifest.json"
@@ -135,7 +136,7 @@ class Tree:
 
     def _same_run(self, before: Mapping[str, Any]) -> None:
         ours = json.loads(json.dumps(self.run))
-        differing = [key for key in ours if key not in _WORDS and _essence(key, ours) != _essence(key, before)]
+        differing = [key for key in ours if key not in _WORDS and not _agree(key, ours, before)]
         if "dtype" in differing:  # which the activations follow
             differing = [key for key in differing if key != "activations"]
         if differing:
@@ -173,11 +174,15 @@ def _files(known: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     return {entry["path"]: entry for entry in (known or {}).get("files", [])}
 
 
-def _essence(key: str, run: Mapping[str, Any]) -> Any:
-    """What must agree: of the weights the headers, since whole files are hashed only on demand."""
+def _agree(key: str, ours: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a line of two manifests says the same: of the weights, as far as both say something of their bytes."""
+    one, other = _stated(key, ours), _stated(key, before)
+    if key == "weights" and isinstance(one, list) and isinstance(other, list):
+        return same_weights(one, other)
+    return one == other
+
+
+def _stated(key: str, run: Mapping[str, Any]) -> Any:
     value = run.get(key)
-    if key == "activations" and value is None:  # a tree of an older version
-        return run.get("dtype")
-    if key == "weights" and isinstance(value, list):
-        return [{k: v for k, v in file.items() if k != "sha256"} for file in value]
-    return value
+    # A tree of an older version does not say what activations were rounded to.
+    return run.get("dtype") if key == "activations" and value is None else value

@@ -72,9 +72,6 @@ def _sums(a: TensorFile, b: TensorFile, limit: int) -> tuple[np.ndarray, list[in
         near = np.argpartition(-order, keep - 1)[:keep] if order.size > keep else np.arange(order.size)
         best = np.concatenate([best, [order[near], near + start]], axis=1)
         best = best[:, np.lexsort((best[1], -best[0]))[:keep]]
-        if start % (BLOCK * 128) == 0:
-            a.release()
-            b.release()
     return sums, best[1].astype(np.int64).tolist()
 
 

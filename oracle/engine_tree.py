@@ -13,8 +13,11 @@ from jaxref.activations import coarsest_activation
 from jaxref.stages import STAGES, Key, axis_size
 from oracle.conventions import recognise
 from oracle.layouts import View, heads_of, single_position, view
+from oracle.same import stated_weights
 from oracle.trees import Tree
 from weights import Checkpoint, UserError
+from weights.errors import listed
+from weights.identity import differing
 
 # As the command line names them: what the engine computes in.
 NUMERICS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8": "q8"}
@@ -60,6 +63,10 @@ class EngineTree:
         if outside := [token for token in self.tokens or () if not 0 <= token < self.config.vocab_size]:
             last = self.config.vocab_size - 1
             raise UserError(f"{folder}: its token ids {outside[:8]} are outside the model's vocabulary, 0 to {last}")
+        made_of = stated_weights(self.tree)
+        if made_of and (others := differing(checkpoint.identity(), made_of)):
+            words = f"{folder} was made from other bytes of {listed(others)} than the model's"
+            self.notes.append(f"weights differ: {words}")
         self.keys = [key for key in self.tree.files if self._known(key)]
         self.count = len(self.tokens) if self.tokens else self._count()
         self.dims: Mapping[str, int] = self.config.dims() | {"S": self.count}

@@ -15,9 +15,10 @@ import numpy as np
 from jaxref.stages import QKV, Stage, axis_size
 from oracle.trees import TensorFile, Tree
 from weights import UserError
+from weights.extent import Extent
 
 BLOCK = 1 << 15  # values of a block: four float64 copies of it stay in the cache
-RELEASE = 1 << 23  # values after which a file's pages are given back
+AT_ONCE = 16  # blocks that are read at once: a reading is several calls of the system, each a wait for other threads
 # What people call a column of an axis.
 _WORDS = {"D": "dim", "F": "unit", "M": "unit", "V": "token id", "E": "expert", "A": "rank", "S": "key"}
 _HEADS = {"Hh": "head", "Kh": "kv head"}
@@ -28,7 +29,7 @@ class View:
     """One file's values as [outer, rows, columns], or [heads, rows, h] where q or k lies head-major."""
 
     file: TensorFile
-    values: np.ndarray  # [outer, rows, columns]
+    values: Extent | np.ndarray  # [outer, rows, columns]; a block of them is read when it is asked for
     positions: tuple[int, ...]  # of the rows
     heads_first: bool = False
     order: np.ndarray | None = None  # [rows, A]: for each of the reference's ranks, this file's
@@ -46,8 +47,7 @@ class View:
     def block(self, outer: int, rows: slice | np.ndarray) -> np.ndarray:
         """Some rows [rows, columns] in the contract's layout."""
         if self.heads_first:
-            part = self.values[:, rows].transpose(1, 0, 2)
-            return part.reshape(part.shape[0], -1)
+            return np.concatenate([self.values[head, rows] for head in range(self.values.shape[0])], axis=1)
         part = self.values[outer, rows]
         if self.order is None:
             return part
@@ -147,29 +147,22 @@ class Pair:
         return min(len(self.positions), max(1, BLOCK // self.columns))
 
     def blocks(self) -> Iterator[Block]:
-        """Both tensors side by side; pages that were read are given back on the way."""
-        step, since = self.block_rows, 0
+        """Both tensors side by side. Raises `UserError` where one of the files has changed."""
+        step, once = self.block_rows, self.block_rows * AT_ONCE
         for outer in range(self.outer):
-            for row in range(0, len(self.positions), step):
-                positions = self.positions[row : row + step]
-                ours, theirs = (_rows(side.positions, positions) for side in (self.reference, self.test))
-                yield Block(
-                    self.reference.block(outer, ours)[:, : self.columns],
-                    self.test.block(outer, theirs)[:, : self.columns],
-                    (outer, row),
-                    outer if self.stage.axes[0] == "H" else None,
-                    self._visible(row, positions),
-                )
-                since += len(positions) * self.columns
-                if since >= RELEASE:
-                    since = 0
-                    self.release()
-        self.release()
+            channel = outer if self.stage.axes[0] == "H" else None
+            for first in range(0, len(self.positions), once):
+                ours, theirs = self._read(outer, self.positions[first : first + once])
+                for start in range(0, len(ours), step):
+                    row = first + start
+                    reference, test = (part[start : start + step] for part in (ours, theirs))
+                    visible = self._visible(row, self.positions[row : row + step])
+                    yield Block(reference, test, (outer, row), channel, visible)
 
-    def release(self) -> None:
-        """Give back the pages of both files."""
-        self.reference.file.release()
-        self.test.file.release()
+    def _read(self, outer: int, positions: tuple[int, ...]) -> list[np.ndarray]:
+        """Both sides at some positions, without the columns that one of them lacks."""
+        sides = self.reference, self.test
+        return [side.block(outer, _rows(side.positions, positions))[:, : self.columns] for side in sides]
 
     def _visible(self, row: int, positions: tuple[int, ...]) -> np.ndarray | None:
         """The causal triangle of the raw scores; of the experts' insides those that both have chosen."""

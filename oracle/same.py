@@ -7,6 +7,8 @@ from typing import Any
 
 from oracle.trees import Tree
 from weights import UserError
+from weights.errors import listed
+from weights.identity import differing
 
 # What must agree in two manifests for the trees to be of one model.
 SAME_MODEL = (
@@ -31,21 +33,20 @@ def same_run(trees: Mapping[str, Tree]) -> list[str]:
 
 def _same_weights(first: Tree, second: Tree) -> Iterator[str]:
     """Refuse weights whose digests differ; another file or header may still hold the same model."""
-    ours, theirs = (_files(tree) for tree in (first, second))
-    for name in sorted(ours.keys() & theirs.keys()):
-        digests = [file.get("sha256") for file in (ours[name], theirs[name])]
-        if None not in digests and digests[0] != digests[1]:
-            raise UserError(f"{first.folder} and {second.folder} are of different models: the bytes of {name} differ")
-    headers = [sorted(str(file.get("header_sha256")) for file in files.values()) for files in (ours, theirs)]
+    ours, theirs = stated_weights(first), stated_weights(second)
+    if others := differing(ours, theirs):
+        raise UserError(
+            f"weights differ: {first.folder} and {second.folder} are of different models: the bytes of"
+            f" {listed(others)} differ"
+        )
+    headers = [sorted(str(file.get("header_sha256")) for file in files) for files in (ours, theirs)]
     if ours and theirs and headers[0] != headers[1]:
         yield f"{first.folder} and {second.folder} were made from different weight files"
 
 
-def _files(tree: Tree) -> dict[str, dict[str, Any]]:
-    files = (tree.manifest or {}).get("weights")
-    if not isinstance(files, list):
-        return {}
-    return {str(file.get("file")): file for file in files if isinstance(file, dict)}
+def stated_weights(tree: Tree) -> list[dict[str, Any]]:
+    """The files of weights that a tree's manifest tells of, with their digests."""
+    return (tree.manifest or {}).get("weights") or []
 
 
 def _short(tree: Tree) -> str:

@@ -1,22 +1,23 @@
-"""A tree of tensor files, opened lazily: which stages it has, whose they are, and each as a flat memory map."""
+"""A tree of tensor files, opened lazily: which stages it has, whose they are, and each as a flat array in its file."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxref.aprt import read_aprt
+from jaxref.aprt import open_aprt, open_safetensors
 from jaxref.stages import STAGES, Key, stage_named
 from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest, stage_path
 from weights import Config, UserError
 from weights.errors import brief, plain
-from weights.safetensors_file import SafetensorsFile
+from weights.extent import Extent
+from weights.watched import Version
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 ACTIVATIONS = (*DTYPES, "q8")
@@ -27,49 +28,25 @@ _SAMPLE = 1 << 16  # values of a file that are looked at to guess the dtype
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One tensor, flat, as a read-only map of its file."""
+    """One tensor of a tree."""
 
     path: Path
-    values: np.ndarray  # [dim_product], in the dtype on disk
-    map: Any = None  # the mmap below, where there is one
-
-    def release(self) -> None:
-        """Give the pages back to the system; the values stay valid and would be read again."""
-        if self.map is not None and hasattr(self.map, "madvise"):
-            import mmap
-
-            self.map.madvise(mmap.MADV_DONTNEED)
+    values: Extent | np.ndarray  # [dim_product], in the dtype on disk; read when they are indexed
 
 
-def open_tensor(path: Path) -> tuple[int | None, TensorFile]:
+def open_tensor(path: Path, version: Version | None = None) -> tuple[int | None, TensorFile]:
     """An APRT or safetensors file: its layer (None: whole model) and its values.
 
-    Raises `UserError` where it is missing, is no such file, or is longer or shorter than its header says.
+    Raises `UserError` where it is missing, is no such file, is longer or shorter than its header says, or is no longer
+    of `version`; and at each reading where it has changed.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a file was expected")
     if path.suffix != ".safetensors":
-        layer, values = read_aprt(path)
-        return layer, TensorFile(path, values, values.base)
-    return _open_safetensors(path)
-
-
-def _open_safetensors(path: Path) -> tuple[int | None, TensorFile]:
-    file = SafetensorsFile(path)
-    if len(file.entries) != 1:
-        raise UserError(f"{path}: holds {len(file.entries)} tensors; a stage's file holds one")
-    (name,) = file.entries
-    return _safetensors_layer(path), TensorFile(path, file.tensor(name).reshape(-1), _Releasing(file))
-
-
-class _Releasing:
-    """A safetensors file's map with the one method that `TensorFile` asks for."""
-
-    def __init__(self, file: SafetensorsFile) -> None:
-        self._file = file
-
-    def madvise(self, advice: int) -> None:
-        self._file.release()
+        layer, values = open_aprt(path, version)
+        return layer, TensorFile(path, values)
+    values = open_safetensors(path, version)
+    return _safetensors_layer(path), TensorFile(path, values.reshape(values.size))
 
 
 def _safetensors_layer(path: Path) -> int | None:
@@ -80,8 +57,9 @@ def _safetensors_layer(path: Path) -> int | None:
 class Tree:
     """The folder of one run. `role` ("reference", "test", "yardstick") is how messages call it.
 
-    `positions` are those of the rows, for a producer that writes no manifest. Raises `UserError` for a folder that
-    holds no stage, or a broken manifest.
+    `positions` are those of the rows, for a producer that writes no manifest. Each file is read as it lies there now:
+    once it is changed, reading it raises `UserError`, so that no figure is of two runs. Raises `UserError` for a folder
+    that holds no stage, or a broken manifest.
     """
 
     def __init__(self, folder: str | Path, role: str, positions: tuple[int, ...] | None = None) -> None:
@@ -94,6 +72,7 @@ class Tree:
             raise UserError(f"{self.folder}: its dump was not finished; run the same dump again")
         self.manifest = read_manifest(self.folder)
         self.unknown: list[str] = []
+        self._versions: dict[Key, Version] = {}
         self.files = self._find()
         if not self.files:
             known = ", ".join(f"layer-0/attn_norm.{suffix}" for suffix in SUFFIXES.values())
@@ -118,6 +97,8 @@ class Tree:
                 names = f"{plain(found[key].name)} and {plain(path.name)}"
                 raise UserError(f"{self.folder}: {names} of {_where(key)} are the same stage")
             found[key] = path
+            with suppress(OSError):  # a link to nothing is an error when it is read
+                self._versions[key] = Version.of(path.stat())
         return found
 
     def _config(self) -> Config | None:
@@ -169,8 +150,8 @@ class Tree:
         return stated
 
     def open(self, key: Key) -> TensorFile:
-        """The file of a stage. Raises `UserError` where it is broken or its header names another layer."""
-        layer, file = open_tensor(self.files[key])
+        """The file of a stage. Raises `UserError` where it is broken or changed, or its header names another layer."""
+        layer, file = open_tensor(self.files[key], self._versions.get(key))
         # An engine may write layer 0 or "whole model" for the embedding; nothing else is ambiguous.
         if layer != key[0] and key[1] != "embedding":
             header, place = ("whole-model" if n is None else n for n in (layer, key[0]))

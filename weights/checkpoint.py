@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from weights import names
 from weights.config import Config
 from weights.errors import UserError, listed
+from weights.identity import sample_sha256, whole_sha256
 from weights.params import Expert, Layer, Params, expert_names, layer_names, whole_params
 from weights.upcast import all_finite
 
@@ -138,18 +138,21 @@ class Checkpoint:
             file.release()
 
     def identity(self, *, whole_files: bool = False) -> list[dict[str, Any]]:
-        """What tells this checkpoint from another: each file's size and the SHA-256 of its header, and of all of it."""
+        """What tells this checkpoint from another: each file's size, and the SHA-256 of its header and of a sample.
+
+        The sample (`weights.identity`) is 264 KiB of each file, so that two fine-tunes of one shape differ. It cannot
+        see a change that lies between its blocks, such as in one tensor of many: `whole_files` hash every byte.
+        """
         return [
-            {"file": name, "size": file.size, **_digest(file, whole_files)} for name, file in sorted(self.files.items())
+            {
+                "file": name,
+                "size": file.size,
+                "header_sha256": file.header_sha256,
+                "sample_sha256": sample_sha256(file.watched),
+                **({"sha256": whole_sha256(file.watched)} if whole_files else {}),
+            }
+            for name, file in sorted(self.files.items())
         ]
-
-
-def _digest(file: TensorFile, whole: bool) -> dict[str, str]:
-    digest = {"header_sha256": file.header_sha256}
-    if whole:
-        with file.path.open("rb") as stream:
-            digest["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digest
 
 
 def _same_head(checkpoint: Checkpoint, rows: int = 4096) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from weights.errors import UserError
-from weights.files import regular
 from weights.upcast import read_into
+from weights.watched import Version, Watched
 
 
 class MappedFile:
@@ -22,27 +22,19 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         """Raises `OSError` where there is no such file, `ValueError` where it is empty."""
-        self.path = path
-        self._absolute = path.absolute()  # the process may change its folder
-        self._file = regular(path).open("rb")
+        self.path, self.watched = path, Watched(path)
+        self._file = path.open("rb")
         try:
+            self.watched.hold(Version.of(os.fstat(self._file.fileno())))
             self.bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         except BaseException:
             self._file.close()
             raise
-        self._opened = _version(os.fstat(self._file.fileno()))
         self._begin = np.frombuffer(self.bytes, np.uint8).ctypes.data
 
     def check(self) -> None:
         """Raise `UserError` where the file is gone, was replaced or was written since it was opened."""
-        try:
-            now = _version(self._absolute.stat())
-        except OSError as error:
-            raise UserError(f"{self.path}: is gone since it was opened: {error.strerror}") from None
-        if now != self._opened:
-            size, opened = now[2], self._opened[2]
-            sizes = f" ({opened:,} bytes then, {size:,} now)" if size != opened else ""
-            raise UserError(f"{self.path}: changed while it was in use{sizes}; run again when it is complete")
+        self.watched.check()
 
     def holds(self, view: np.ndarray) -> bool:
         """Whether a view's memory lies in this map."""
@@ -69,6 +61,11 @@ class OfMap:
 
     _file: MappedFile
 
+    @property
+    def watched(self) -> Watched:
+        """The file as it was when it was opened."""
+        return self._file.watched
+
     def holds(self, view: np.ndarray) -> bool:
         """Whether a view's memory lies in this file."""
         return self._file.holds(view)
@@ -87,7 +84,3 @@ class OfMap:
         Raises `UserError` where the file is no longer the one that was opened: what came out of the views is not sound.
         """
         self._file.release()
-
-
-def _version(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -27,7 +27,7 @@ def read_into(file: int, offset: int, stored: np.dtype[Any], out: np.ndarray) ->
         into = flat[start : start + CHUNK]
         # What needs no conversion is read to where it belongs.
         source = into if stored == out.dtype else buffer[: into.size]
-        _fill(file, offset + start * stored.itemsize, source)
+        fill(file, offset + start * stored.itemsize, source)
         if source is not into:
             with np.errstate(all="ignore"):  # an overflow is what the bits below show
                 np.copyto(into, source, casting="unsafe")
@@ -35,8 +35,9 @@ def read_into(file: int, offset: int, stored: np.dtype[Any], out: np.ndarray) ->
     return finite
 
 
-def _fill(file: int, offset: int, into: np.ndarray) -> None:
-    data = into.view(np.uint8).data
+def fill(file: int, offset: int, into: np.ndarray) -> None:
+    """Fill a contiguous array with the bytes from `offset` on. Raises `EOFError` where the file ends before them."""
+    data = into.reshape(-1).view(np.uint8).data
     while data.nbytes:
         count = os.preadv(file, [data], offset)
         if not count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from tests.fuzz.grammars import GRAMMARS
 from tests.fuzz.mutate import Mutation, mutate_bytes, mutate_gguf, mutate_json, mutate_safetensors, mutate_words
 from tests.fuzz.tree_targets import NAMED, PATHS, manifest, names, unfinished
 from tests.fuzz.world import INDEX, World
-from weights import Checkpoint, Config, open_checkpoint, open_tokenizer, read_config
+from weights import Checkpoint, Config, UserError, open_checkpoint, open_tokenizer, read_config
 from weights.inspect import describe
 from weights.safetensors_file import SafetensorsFile
 
@@ -42,7 +43,11 @@ def aprt(world: World, data: bytes) -> None:
 
 def safetensors(world: World, data: bytes) -> None:
     path = world.file("safetensors/layer-3/attn_norm.safetensors", data)
-    file = SafetensorsFile(path)
+    try:
+        layer, one = open_tensor(path)
+    except UserError:
+        layer, one = None, None
+    file = _whole(path, taken=one is not None)
     with safe_open(path, framework="np") as peer:
         assert sorted(peer.keys()) == sorted(file.entries)
         for name in file.entries:
@@ -51,9 +56,22 @@ def safetensors(world: World, data: bytes) -> None:
         values = file.tensor(name)
         assert values.nbytes <= len(data)
         values.view(np.uint8).sum()
-    if len(file.entries) == 1:
-        layer, one = open_tensor(path)
-        assert layer == 3 and one.values.ndim == 1
+    if one is not None:
+        ((name, entry),) = file.entries.items()
+        assert layer == 3 and one.values.shape == (one.values.size,) == (file.tensor(name).size,)
+        assert one.values[:].dtype == file.tensor(name).dtype, entry
+        assert one.values[:].tobytes() == file.tensor(name).tobytes()
+    elif len(file.entries) == 1:
+        open_tensor(path)  # and is refused
+
+
+def _whole(path: Path, *, taken: bool) -> SafetensorsFile:
+    """What the package takes for a whole file; what a tree takes must be one."""
+    try:
+        return SafetensorsFile(path)
+    except UserError as error:
+        assert not taken, f"{path}: {error}"
+        raise
 
 
 def index(world: World, data: bytes) -> None:
