@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,13 @@ def main() -> None:
 
 @main.command()
 @run_options
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    show_default=True,
+    help="float64 is the truth; the half precisions round where Hugging Face rounds.",
+)
 @click.option(
     "--activations",
     type=click.Choice(["exact", "stored"]),
@@ -44,7 +51,8 @@ def main() -> None:
 def dump(mesh: str | None, max_device_memory: str | None, hosts: str | None, **options: Any) -> None:
     """Run MODEL over a prompt and write every stage of every layer below --output.
 
-    MODEL is a folder, a .safetensors file or an id in the local Hugging Face cache; without it, a tiny built-in model.
+    MODEL is a folder, a .safetensors or .gguf file, or an id in the local Hugging Face cache; without it, a tiny
+    built-in model.
     """
     placement = Placement(options["device"], mesh, max_device_memory, hosts)
     run_dump(options, placement.write, planned=placement.memory)
@@ -115,8 +123,9 @@ def use_compilation_cache() -> None:
 @click.option("--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--ignore-eos", is_flag=True, help="Go on after a token that ends the text.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def generate(max_tokens: int, dtype: str, device: str, as_json: bool, **options: Any) -> None:
+def generate(max_tokens: int, dtype: str, device: str, ignore_eos: bool, as_json: bool, **options: Any) -> None:
     """Continue a prompt greedily with MODEL and print the token ids and the text."""
     from jaxref.asked import read_prompt
     from jaxref.devices import find_devices, out_of_memory_in_words, prepare
@@ -127,9 +136,13 @@ def generate(max_tokens: int, dtype: str, device: str, as_json: bool, **options:
     prepare(device)
     numerics, found = numerics_of(dtype), find_devices(device)[0]
     use_compilation_cache()
-    with out_of_memory_in_words(), numerics.context():
-        steps = decode(request.checkpoint, request.tokens, numerics, max_tokens, device=found)
-        ids = [step.token for step in steps]
+    ends = frozenset() if ignore_eos or request.tokenizer is None else request.tokenizer.ends()
+    steps, ids = decode(request.checkpoint, request.tokens, numerics, max_tokens, device=found), []
+    with closing(steps), out_of_memory_in_words(), numerics.context():
+        for step in steps:
+            ids.append(step.token)
+            if step.token in ends:
+                break
     text = request.tokenizer.decode(ids) if request.tokenizer else None
     if as_json:
         click.echo(json.dumps({"prompt_tokens": request.tokens, "tokens": ids, "text": text}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,16 +79,21 @@ def _encode(
 
 def _read_tokens(path: Path) -> str:
     try:
-        return ",".join(path.read_text(encoding="utf-8").replace(",", " ").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as token ids: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: not readable as token ids: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: holds no text; token ids between blanks or commas were expected") from None
+    if not text.strip():
+        raise UserError(f"{path}: holds no token ids; at least one is needed")
+    return text
 
 
 def parse_tokens(text: str) -> list[int]:
-    """A comma list of token ids. Raises `UserError` where it is empty or holds anything else."""
+    """A list of token ids, by commas or blanks. Raises `UserError` where it is empty or holds anything else."""
     if not text.strip():
         raise UserError("no token ids; at least one is needed")
     try:
-        return [whole_number(word) for word in text.split(",")]
+        return [whole_number(word) for word in re.split(r"\s*,\s*|\s+", text.strip())]
     except ValueError:
-        raise UserError(f"tokens {text[:60]!r}: whole numbers between commas were expected") from None
+        raise UserError(f"tokens {text[:60]!r}: whole numbers between commas or blanks were expected") from None

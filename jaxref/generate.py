@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxref.memory import size
 from jaxref.model import Past, Piece, Place, Routing, decoder_layer
 from jaxref.precision import Device, Numerics
 from jaxref.reader import Reader, Warn, warn_on_stderr
-from weights import Checkpoint
+from weights import Checkpoint, Config, UserError
 
 Watch = Callable[[int | None, Piece], None]
 
@@ -34,14 +36,16 @@ def generate(
     device: Device | None = None,
     watch: Watch = lambda layer, piece: None,
     warn: Warn = warn_on_stderr,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Yield `count` greedily chosen tokens; of equal logits the lower id wins. Run it inside `numerics.context()`.
 
     `watch` is shown every stage of the layers on the way; what it does with it changes nothing. The parameters are
-    streamed anew for each token, so that any checkpoint fits.
+    streamed anew for each token, so that any checkpoint fits. Raises `UserError` where the machine has no room for so
+    many positions.
     """
     config = checkpoint.config
     width = len(tokens) + count  # one width for all steps, so that each stage is compiled twice and not `count` times
+    _fits(config, width, numerics)
     pasts = [empty_past(Place(config, layer, numerics), width) for layer in range(config.num_hidden_layers)]
     new, start = list(tokens), 0
     with Reader(checkpoint, numerics, device, warn) as reader:
@@ -60,6 +64,17 @@ def generate(
             logits = np.asarray(reader.logits(reader.final_norm(hidden[-1:])))[0]
             start, new = start + len(new), [int(np.argmax(logits))]
             yield Step(new[0], logits)
+
+
+def _fits(config: Config, width: int, numerics: Numerics) -> None:
+    """Raise `UserError` where what is remembered of `width` positions is more than the machine has."""
+    row = config.num_hidden_layers * (config.q_width + 3 * config.kv_width) * numerics.compute.itemsize
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if width * row > machine:
+        raise UserError(
+            f"{width} positions, prompt and --max-tokens together, take {size(width * row)}; this machine has"
+            f" {size(machine)}: at most {machine // row} would fit"
+        )
 
 
 def empty_past(place: Place, width: int) -> Past:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxref.reader import Reader, Warn, warn_on_stderr
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
 from jaxref.stream import trace
 from weights import Checkpoint, Expert, Layer, UserError, open_checkpoint
+from weights.errors import brief
 
 if TYPE_CHECKING:
     from jaxref.dump import Report
@@ -135,7 +137,10 @@ class Session:
             yield self._source
 
     def _ids(self, tokens: Tokens) -> list[int]:
-        ids = [int(token) for token in tokens]
+        try:
+            ids = [operator.index(token) for token in tokens]
+        except TypeError:
+            raise UserError(f"tokens {brief(tokens)}: whole numbers were expected, the ids of a tokenizer") from None
         if not ids:
             raise UserError("the prompt is empty; at least one token is needed")
         if outside := [t for t in ids if not 0 <= t < self.config.vocab_size]:

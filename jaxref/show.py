@@ -145,7 +145,7 @@ def print_stages(config: Config | None) -> None:
             )
     out = console()
     out.print(table)
-    say(out, "\n" + " · ".join(f"{letter} {meaning}" for letter, meaning in DIMENSIONS.items()))
+    out.print("\n" + " · ".join(f"{letter} {meaning}" for letter, meaning in DIMENSIONS.items()))
 
 
 def _layers_of(stage: Stage, config: Config | None) -> str:

@@ -160,11 +160,16 @@ def _write_hf(job: Job, device: str, progress: Progress) -> Report:
 @run_options
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float32", show_default=True)
 @click.option(
-    "--fault", default="rope_theta", show_default=True, help="A name that `explain` may give; `help` lists them."
+    "--fault", default="rope_theta", show_default=True, help="A name that `explain` may give; `list` prints them."
 )
 @click.option("--at", default="all", show_default=True, help="The layers that have it: all, START..END or 0,3,7.")
 def plant(fault: str, at: str, **options: Any) -> None:
     """Write the tree of an engine that computes one thing wrongly, to try `compare`, `localize` and `explain` on."""
+    if fault == "list":
+        from oracle.plant import names
+
+        click.echo("\n".join(names()))
+        return
     run_dump(options, partial(_write_planted, fault, at))
 
 

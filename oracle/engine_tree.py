@@ -42,6 +42,14 @@ class Value:
     through: tuple[str, ...] = ()
 
 
+def _apart(stated: Sequence[int], given: Sequence[int]) -> str:
+    """Where two different lists of tokens part."""
+    place = next((i for i, (one, other) in enumerate(zip(stated, given, strict=False)) if one != other), None)
+    if place is None:
+        return f"{len(stated)} of them, {len(given)} were given"
+    return f"{stated[place]} at position {place}, where {given[place]} was given"
+
+
 class EngineTree:
     """The tree under test beside the checkpoint it should have computed. Raises `UserError` where they do not fit."""
 
@@ -58,7 +66,7 @@ class EngineTree:
         self.notes: list[str] = []
         stated = self.tree.tokens
         if stated is not None and tokens is not None and list(tokens) != stated:
-            raise UserError(f"{folder}: its manifest holds other tokens ({stated[:8]}) than the ones given")
+            raise UserError(f"{folder}: its manifest holds other tokens than the ones given: {_apart(stated, tokens)}")
         self.tokens = list(tokens) if tokens is not None else stated
         if outside := [token for token in self.tokens or () if not 0 <= token < self.config.vocab_size]:
             last = self.config.vocab_size - 1

@@ -78,7 +78,10 @@ class _Engine:
             if any(layer is None for layer, _ in self.job.selection.keys()):
                 self._head(offer)
         if not self.struck:
-            raise UserError(f"--fault {self.planted.name}: makes no difference in this model for these tokens")
+            raise UserError(
+                f"--fault {self.planted.name}: cannot be planted here: it makes no difference to this model and these"
+                " tokens, or a stage of another shape"
+            )
 
     def probe(self) -> None:
         """Go as far as the first layer that is struck, and write nothing; raises what `run` would."""

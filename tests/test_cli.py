@@ -229,6 +229,36 @@ def test_ctrl_c_while_jax_is_imported_waits_for_its_end(tmp_path: Path, number: 
 
 
 @pytest.mark.parametrize("module", ["jaxref", "oracle", "weights"])
+def test_no_arguments_bring_the_help_as_it_is(module: str) -> None:
+    done = command(module=module)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: ") and len(done.stderr.splitlines()) > 6
+
+
+def test_nothing_is_no_name(tmp_path: Path) -> None:
+    assert "--output" in refused("dump", "tiny", "--output", "")
+    assert "MODEL is empty" in refused("dump", "", "--output", tmp_path / "tree")
+
+
+def test_token_ids_come_by_commas_or_blanks(tmp_path: Path) -> None:
+    (tmp_path / "ids").write_text("54, 71\n64\n")
+    words = ("dump", "tiny", "--plan", "--json")
+    for given in (("--tokens", "54 71 64"), ("--tokens", "54,71, 64"), ("--tokens-file", tmp_path / "ids")):
+        assert json.loads(command(*words, *given).stdout)["stages"][0]["shape"] == [3, 72]
+    (tmp_path / "empty").touch()
+    assert "empty: holds no token ids" in refused(*words, "--tokens-file", tmp_path / "empty")
+    missing = refused(*words, "--tokens-file", tmp_path / "missing")
+    assert missing.count("missing") == 1 and "Errno" not in missing
+    assert "between commas or blanks" in refused(*words, "--tokens", "54,,71")
+
+
+def test_the_faults_that_can_be_planted_are_listed() -> None:
+    done = command("plant", "--fault", "list", module="oracle")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"rope_theta", "kv_heads_modulo"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["jaxref", "oracle", "weights"])
 def test_help_needs_neither_jax_nor_numpy(module: str) -> None:
     code = f"import sys, runpy\nsys.argv = ['x', '--help']\ntry: runpy.run_module({module!r}, run_name='__main__')\n"
     code += "except SystemExit: print({'jax', 'numpy', 'gguf', 'rich'} & set(sys.modules))"

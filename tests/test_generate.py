@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import jaxref
 from jaxref.generate import generate
 from jaxref.precision import numerics_of
 from tests.conftest import prompt
+from tests.test_cli import ROOT, refused
 from weights import open_checkpoint
 
 FLOAT32 = numerics_of("float32")
@@ -53,6 +55,30 @@ def test_the_command_prints_ids_and_text(zoo) -> None:
     assert len(facts["tokens"]) == 4
 
 
+@pytest.mark.parametrize("stated", [{"generation_config.json": [9, "first"]}, {"config.json": "first"}])
+def test_it_stops_where_the_text_ends(zoo, tmp_path: Path, stated: dict) -> None:
+    shutil.copytree(zoo("qwen2"), tmp_path / "model")
+    words = [sys.executable, "-m", "jaxref", "generate", str(tmp_path / "model"), "--prompt", "Hi", "--json"]
+    words += ["--max-tokens", "4"]
+
+    def tokens(*more: str) -> list[int]:
+        done = subprocess.run([*words, *more], capture_output=True, text=True, check=True, cwd=ROOT)
+        return json.loads(done.stdout)["tokens"]
+
+    free = tokens("--ignore-eos")
+    for name, ids in stated.items():
+        path = tmp_path / "model" / name
+        before = json.loads(path.read_text()) if path.exists() else {}
+        ids = [free[0] if one == "first" else one for one in ids] if isinstance(ids, list) else free[0]
+        path.write_text(json.dumps(before | {"eos_token_id": ids}))
+    assert tokens() == free[:1]
+    assert tokens("--ignore-eos") == free
+
+
+def test_room_for_more_positions_than_the_machine_has_is_refused() -> None:
+    assert "at most" in refused("generate", "tiny", "--max-tokens", "99999999999")
+
+
 @pytest.mark.real_model
 def test_the_real_model_answers(real_model: Path) -> None:
     words = [
@@ -63,8 +89,8 @@ def test_the_real_model_answers(real_model: Path) -> None:
         str(real_model / "hf"),
         "--chat",
         "--max-tokens",
-        "8",
+        "20",
         "--json",
     ]
     facts = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    assert facts["text"] == "2 + 2 equals 4."
+    assert facts["text"] == "2 + 2 equals 4.<|im_end|>"

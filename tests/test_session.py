@@ -89,6 +89,12 @@ def test_it_says_what_it_is_and_frees_its_memory() -> None:
         session.forward([1])
 
 
+@pytest.mark.parametrize("tokens", [np.array([1.5]), np.array([[1, 2]])], ids=["fractions", "two axes"])
+def test_tokens_are_whole_numbers(tokens) -> None:
+    with Session("tiny") as session, pytest.raises(UserError, match="whole numbers were expected"):
+        session.forward(tokens)
+
+
 def alive() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 

@@ -11,6 +11,7 @@ from weights.config import MODEL_TYPES
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="jaxref", prog_name="weights")
 def main() -> None:
     """Random checkpoints, and what is in a checkpoint."""
 

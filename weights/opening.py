@@ -64,6 +64,8 @@ def _stored(where: Path, files: Mapping[str, TensorFile]) -> dict[str, str]:
 
 
 def _locate(model: str | Path) -> Path:
+    if model == "":  # which `Path` takes for the folder that one is in
+        raise UserError("MODEL is empty; a folder, a file or an id was expected")
     try:
         path = Path(model).expanduser()
         folder = path.is_dir()

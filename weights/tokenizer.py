@@ -28,6 +28,7 @@ class Tokenizer:
     folder: Path  # or the GGUF file
     backend: Any  # tokenizers.Tokenizer
     templated: Callable[[], Any]  # the tokenizer in transformers, which applies chat templates
+    stops: Callable[[], list[Any]]  # what the files state as ids that end a text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, as engines trace it."""
@@ -36,6 +37,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
         return str(self._calling(self.backend.decode, ids, skip_special_tokens=False))
+
+    def ends(self) -> frozenset[int]:
+        """The ids after which a text is at its end, as far as any file beside the weights states them."""
+        return frozenset(stated for stated in self.stops() if type(stated) is int)
 
     def chat(self, text: str) -> str:
         """The text as one user turn in the model's chat template. Raises `UserError` where it has none."""
@@ -69,7 +74,7 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
         raise UserError(f"{folder}: the tokenizer is not readable: {_first_line(error)}") from None
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(folder, backend, partial(_with_template, folder, backend))
+    return Tokenizer(folder, backend, partial(_with_template, folder, backend), partial(_stops, folder, backend))
 
 
 def tokenizer_from_metadata(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
@@ -87,7 +92,8 @@ def tokenizer_from_metadata(path: Path, metadata: dict[str, Any]) -> Tokenizer |
         backend = _byte_pairs(metadata)
     except Exception as error:  # noqa: BLE001 - `tokenizers` raises bare Exception for a broken vocabulary
         raise UserError(f"{path}: the tokenizer is not readable: {_first_line(error)}") from None
-    return Tokenizer(path, backend, partial(_fast_tokenizer, backend, metadata))
+    stops = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    return Tokenizer(path, backend, partial(_fast_tokenizer, backend, metadata), lambda: stops)
 
 
 def _byte_pairs(metadata: dict[str, Any]) -> Any:
@@ -136,8 +142,16 @@ def _with_template(folder: Path, backend: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+def _stops(folder: Path, backend: Any) -> list[Any]:
+    stated = [_settings(folder, name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    named = _settings(folder).get("eos_token")
+    text = named.get("content") if isinstance(named, dict) else named
+    several = [ids if isinstance(ids, list) else [ids] for ids in stated]
+    return [*several[0], *several[1], backend.token_to_id(text) if isinstance(text, str) else None]
+
+
+def _settings(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
+    path = folder / name
     settings = read_json(path) if path.exists() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{path}: a JSON object was expected, this is a {type(settings).__name__}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class Scaling:
         """Medians of runs after one that compiles; the GB of weights that the dump says it read."""
         tree = self.scratch / "tree"
         command = dump_command(model, write_tokens(self.scratch, model, tokens), tree)
+        shutil.rmtree(tree, ignore_errors=True)
         first = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
         files = sorted(model.glob("*.safetensors"))
         runs = []
