@@ -63,6 +63,8 @@ def compare(as_json: bool, junit: Path | None, html: Path | None, **options: Any
 
     if html is not None:
         page.check_html(html)  # before anything long
+    if junit is not None:
+        records.check_junit(junit)
     result = _compare(options)
     if html is not None:
         page.write_html(result, html)

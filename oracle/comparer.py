@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from jaxref.stages import STAGES, Key
 from oracle import experts
 from oracle.conventions import recognise
 from oracle.experts import Choices
-from oracle.layouts import Pair, View, single_position, view
+from oracle.layouts import Misfit, Pair, View, single_position, view
 from oracle.measure import Stagewise, measure, worst_place
 from oracle.result import Comparison, Result, Skip
-from oracle.same import same_run
+from oracle.same import coarse_yardstick, same_run
 from oracle.trees import Tree, ordered, path_of
-from oracle.verdict import Blame, Judgement, Rules, Tolerance, Yardstick, coarser_of, judge, odd_one_out
+from oracle.verdict import Blame, Judgement, Missing, Rules, Tolerance, Yardstick, coarser_of, judge, odd_one_out
 from weights import UserError
+from weights.errors import brief
 
 WORKERS = 2
 # After a near tie another expert ran: such positions may be off, but not by this much.
@@ -32,7 +32,7 @@ class Options:
     tolerances: tuple[Tolerance, ...] = ()
     min_cosine: float | None = None
     max_ratio: float = 2.0
-    allow_missing: re.Pattern[str] | None = None
+    allow_missing: Missing | None = None
     accept_layout: bool = False
     test_dtype: str | None = None
     positions: tuple[int, ...] | None = None
@@ -43,6 +43,7 @@ def compare(
 ) -> Result:
     """Compare the tree TEST with the tree REFERENCE, stage by stage, with HF as the yardstick of rounding noise.
 
+    A file of another shape than the reference's model gives it counts as missing, with the reason.
     Raises `UserError` for trees that cannot be compared: broken, empty, of other tokens or another model, or with no
     stage in common.
     """
@@ -75,6 +76,9 @@ class _Comparer:
                 self.notes.append(f"{trees[role].folder}: read as a tree of {convention.name}")
         self.choices = Choices(self.dims["S"], self.dims["L"])
         self.skips: list[Skip] = []
+        self.misfits: dict[tuple[Key, str], Misfit] = {}  # by the tree's role
+        for pattern in options.allow_missing.idle(trees["reference"].files) if options.allow_missing else []:
+            self.notes.append(f"allow-missing {brief(pattern)}: no stage of the reference is called so")
 
     def _rules(self) -> Rules:
         test, hf = self.trees["test"], self.trees.get("hf")
@@ -85,6 +89,8 @@ class _Comparer:
             self.notes.append(f"the test tree does not say its dtype; its values are those of {dtype} (--test-dtype)")
         if yardstick is not None and yardstick != dtype:
             raise UserError(f"the yardstick is {yardstick} and the test {dtype}; --hf takes a tree in the test's dtype")
+        if hf is not None:
+            self.notes += coarse_yardstick(hf, test, self.options.test_dtype)
         reference = self.trees["reference"].stated_dtype or "float32"
         rounded = coarser_of(dtype, test.stated_activations or dtype)
         if rounded != dtype:
@@ -115,8 +121,9 @@ class _Comparer:
         for found in measured:
             if found is not None:
                 comparisons.append(self._judge(found, comparisons[-1] if comparisons else None))
+        misfits = self._set_aside(keys)
         if not comparisons:
-            raise UserError("the trees have no position in common, so nothing was compared")
+            raise misfits[0] if misfits else UserError("the trees have no position in common, so nothing was compared")
         order = ordered({skip.key for skip in self.skips})
         skips = sorted(self.skips, key=lambda skip: order.index(skip.key))
         result = Result(self.trees, self.rules, comparisons, skips, self.notes)
@@ -141,7 +148,7 @@ class _Comparer:
 
     def _miss(self, key: Key, reason: str, role: str = "test") -> None:
         allowed, convention = self.options.allow_missing, self.conventions.get(role)
-        fine = allowed is not None and any(allowed.fullmatch(name) for name in (key[1], path_of(key)))
+        fine = allowed is not None and allowed.covers(key)
         if key[1] in self.trees[role].unobservable:
             self.skips.append(Skip(key, f"{reason}; its manifest says that it cannot be seen there", False))
         elif convention is not None and key[1] in convention.lacks:
@@ -158,7 +165,7 @@ class _Comparer:
                 pairs: dict[str, Pair] = {}
                 for name in (experts.INDICES, experts.LOGITS, experts.WEIGHTS):
                     if (layer, name) in self.trees["reference"].files and (layer, name) in tree.files:
-                        pair = self._pair((layer, name), "reference", role)
+                        pair = self._fitting((layer, name), role)
                         pairs |= {name: pair} if pair else {}
                 if experts.INDICES in pairs:
                     self.choices.add(role, layer, pairs, self.rules.epsilon)
@@ -181,13 +188,32 @@ class _Comparer:
         pair = Pair(STAGES[key[1]], self.dims, ours, theirs, tuple(sorted(positions)))
         return self.choices.ordered(pair, second, key[0])
 
+    def _fitting(self, key: Key, role: str) -> Pair | None:
+        """As `_pair`, beside the reference; None as well where a file has another shape, which is kept in mind."""
+        try:
+            return self._pair(key, "reference", role)
+        except Misfit as misfit:
+            self.misfits[key, misfit.role] = misfit
+            return None
+
+    def _set_aside(self, keys: list[Key]) -> list[Misfit]:
+        """Let the files of another shape count as missing, here and for all that reads the trees later."""
+        places = [(key, tree) for key in keys for tree in self.trees.values() if (key, tree.role) in self.misfits]
+        if places and self.options.positions is not None:
+            raise self.misfits[places[0][0], places[0][1].role]  # it is rather --positions that is wrong
+        for key, tree in places:
+            del tree.files[key]
+            self.skips.append(Skip(key, f"in the {tree.role} tree {self.misfits[key, tree.role].reason}", True))
+        return [self.misfits[key, tree.role] for key, tree in places]
+
     def _measure(self, key: Key) -> Stagewise | None:
         """A stage in every tree that has it, at the positions that all of them have; None where there are none."""
-        pairs = {role: self._pair(key, "reference", role) for role in ("test", "hf") if self._has(role, key)}
+        pairs = {role: self._fitting(key, role) for role in ("test", "hf") if self._has(role, key)}
         found = {role: pair for role, pair in pairs.items() if pair is not None}
         positions = set.intersection(*(set(pair.positions) for pair in found.values())) if found else set()
         if "test" not in found or not positions:
-            self._miss(key, "no position in common")
+            if not any((key, tree.role) in self.misfits for tree in self.trees.values()):
+                self._miss(key, "no position in common")
             return None
         clean = positions - self.choices.tied(key)
         test, hf = (

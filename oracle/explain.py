@@ -22,6 +22,8 @@ from weights import Checkpoint
 
 # A hypothesis must leave so many times less than what was wrong, and others so many times more than it.
 GAIN, AHEAD = 4.0, 4.0
+# What is named where the stage is right and its dump is not. It is no hypothesis: it follows from the stages after it.
+MISREAD = "dump_misread"
 # Of one hypothesis' parameters, one that is no more than so much worse may be the rounder one.
 ALIKE = 1.15
 
@@ -84,7 +86,8 @@ def explain(
 
     found = localize(checkpoint, folder, tokens, progress=progress, visit=visit, **options)
     order = [fault.stage for fault in found.faults]
-    merged = _merged(causes)
+    rows = {row.key: row for row in found.locals}
+    merged = _merged([_misread(found, rows[cause.layers[0], cause.stage], cause) for cause in causes])
     return Explained(found, sorted(merged, key=lambda cause: order.index(cause.stage)))
 
 
@@ -103,6 +106,14 @@ def _cause(replay: Replay, case: Case, row: Local, engine: np.ndarray) -> Cause:
     return Cause(case.stage, layers, Explanation(best.name, tried.parameter, tried.words, best.error, best.same), hint)
 
 
+def _misread(found: Found, row: Local, cause: Cause) -> Cause:
+    """The cause, but where others are right on what the stage should be: then it is the dump that is wrong."""
+    misread = found.misread(row)
+    if misread is None:
+        return cause
+    return replace(cause, explanation=Explanation(MISREAD, list(misread.users), misread.words, misread.error))
+
+
 def _routed(replay: Replay, case: Case, row: Local, engine: np.ndarray) -> Cause:
     count, wanted = engine.shape[1], replay.config.num_experts_per_tok
     explanation = None
@@ -114,7 +125,7 @@ def _routed(replay: Replay, case: Case, row: Local, engine: np.ndarray) -> Cause
 
 def _best(bench: Bench, row: Local) -> _Scored | None:
     """The one hypothesis, or pair of them, that fits where no other comes near."""
-    scored = sorted(_scores(bench), key=lambda each: each.error)
+    scored = sorted(_scores(bench, row), key=lambda each: each.error)
     if row.local <= row.limit:  # what is wrong is a scale too small to be seen in one value
         left = [replace(each, error=bench.drift(each.tried.switches)) for each in scored if each.error <= row.limit]
         row = replace(row, local=abs(row.drift), limit=DRIFT * row.floor, floor=DRIFT * row.floor)
@@ -126,10 +137,13 @@ def _best(bench: Bench, row: Local) -> _Scored | None:
     return _winner(bench, sorted(_pairs(bench, scored), key=lambda each: each.error), row)
 
 
-def _scores(bench: Bench) -> Iterator[_Scored]:
-    everything = ((row, tried) for row in about(bench.stage) for tried in row.tries(bench))
-    for place, (row, tried) in enumerate(everything):
-        yield _Scored(row.name, tried, bench.error(tried.switches), row.generic, place)
+def _scores(bench: Bench, row: Local) -> Iterator[_Scored]:
+    everything = ((one, tried) for one in about(bench.stage) for tried in one.tries(bench))
+    for place, (one, tried) in enumerate(everything):
+        error = bench.error(tried.switches)
+        # A number that was fitted to the engine's rows comes near them whatever they are.
+        if not tried.fitted or error <= row.floor:
+            yield _Scored(one.name, tried, error, one.generic, place)
 
 
 def _fits(error: float, row: Local) -> bool:

@@ -17,7 +17,7 @@ def look(bench: Bench, row: Local) -> str:
         return row.wrong
     words = [_place(row)]
     if row.bad:
-        return f"{row.bad} values are NaN or infinite, {words[0]}"
+        return ", ".join(filter(None, (row.not_finite, *words)))
     exact = bench.run({})
     if exact.shape != bench.engine.shape:
         return f"its shape is {list(bench.engine.shape)}, not {list(exact.shape)}"

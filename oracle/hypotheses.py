@@ -38,6 +38,16 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("embedding_scaled", ("embedding",), tries.times),
     Hypothesis("embedding_shifted", ("embedding",), tries.shifted),
     Hypothesis("norm_eps", NORMS + HEAD_NORMS, tries.eps, generic=True),
+    Hypothesis(
+        "eps_outside",
+        NORMS + HEAD_NORMS,
+        switch("eps is added to the root: x / (√mean(x²) + eps)", "root", outside="root"),
+    ),
+    Hypothesis(
+        "eps_outside",
+        NORMS + HEAD_NORMS,
+        switch("eps is added to the reciprocal root: x · (1/√mean(x²) + eps)", "reciprocal", outside="reciprocal"),
+    ),
     Hypothesis("layer_norm", NORMS + HEAD_NORMS, switch("LayerNorm: the mean is subtracted", centre=True)),
     Hypothesis("norm_weight_missing", NORMS, switch("its weight is not applied", unweighted=True)),
     Hypothesis("norm_weight_other", ("attn_norm", "ffn_norm"), tries.other_norm),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,10 +57,19 @@ class View:
         return np.take_along_axis(ranked, order[:, :, None], axis=1).reshape(part.shape)
 
 
+class Misfit(UserError):
+    """A file whose size fits no number of rows of its stage. `reason` says so without its name."""
+
+    def __init__(self, path: Path, role: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.role, self.reason = role, reason
+
+
 def view(tree: Tree, stage: Stage, file: TensorFile, dims: Mapping[str, int], single: int) -> View:
     """A file with the shape that the contract gives it for `dims` (S: all positions of the prompt).
 
-    `single` is the position of a file with one row. Raises `UserError` where the size fits no number of rows.
+    `single` is the position of a file with one row. Raises `Misfit` where the size fits no number of rows, and
+    `UserError` for a stage that the model does not have.
     """
     outer = dims["H"] if stage.axes[0] == "H" else 1
     columns = math.prod(axis_size(axis, dims) for axis in stage.axes[stage.row_axis + 1 :])
@@ -72,12 +82,27 @@ def view(tree: Tree, stage: Stage, file: TensorFile, dims: Mapping[str, int], si
     stated = tree.stated_positions
     positions = stated if stated is not None and len(stated) == rows else _positions(rows, dims["S"], single)
     if rest or not rows or positions is None:
-        shape = list(stage.axes)
-        sizes = [axis_size(axis, dims) for axis in stage.axes]
-        raise UserError(f"{file.path}: {size} values fit no rows of {shape} = {sizes}, which the reference has")
+        raise Misfit(file.path, tree.role, _no_rows(stage, size, dims, outer, columns))
     if max(positions) >= dims["S"] or min(positions) < 0:
         raise UserError(f"{file.path}: holds position {max(positions)} of a prompt of {dims['S']} tokens")
     return View(file, file.values.reshape(outer, rows, columns), positions)
+
+
+def _no_rows(stage: Stage, size: int, dims: Mapping[str, int], outer: int, columns: int) -> str:
+    """What was expected, and what the file seems to hold instead."""
+    sizes = ", ".join(str(axis_size(axis, dims)) for axis in stage.axes)
+    words = f"{size} values fit no rows of [{', '.join(stage.axes)}] = [{sizes}]"
+    count = dims["S"]
+    rows, rest = divmod(size, outer * columns)
+    keys, width = math.isqrt(size // outer), size // (outer * count)
+    if rows and not rest:
+        given = " (--positions)" if rows < count else ""
+        return f"{words}: {rows} rows of {columns} values, the reference has {count} tokens{given}"
+    if stage.axes[0] == "H" and size and size == outer * keys * keys:
+        return f"{words}: {keys} x {keys} values a head, the reference has {count} tokens"
+    if width and size == outer * count * width:
+        return f"{words}: for {count} tokens {width} values each, the reference has {columns}"
+    return words
 
 
 def _positions(rows: int, count: int, single: int) -> tuple[int, ...] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxref.stages import STAGES, Key
 from oracle.engine_tree import EngineTree
+from oracle.trees import path_of
 
 # Why the embedding is left out of a tree that does not say its tokens; the rest is replayed all the same.
 NO_TOKENS = "the token ids are not known (--tokens or --prompt)"
@@ -19,9 +20,10 @@ DRIFT = 0.125
 class Local:
     """One stage of one layer. `local` and `accumulated` are relative L2; `limit` what `local` may be.
 
-    `inherited` is the greatest accumulated error among its inputs; `drift` a scale that all rows share; `bad` counts
-    values that are NaN or infinite here alone; `wrong` describes a wrong choice of experts; `where` has the worst token
-    and the worst head, channel or rank.
+    `inherited` is the greatest accumulated error among its inputs; `drift` a scale that all rows share; `bad` of
+    `values` are NaN (`nan` of them) or infinite here alone, and `tainted` because its inputs are; `wrong` describes a
+    wrong choice of experts; `where` has the worst token and the worst head, channel or rank; `through` are stages that
+    were computed since the tree lacks them, `past` those that were computed since their dumps are not what was used.
     """
 
     key: Key
@@ -31,10 +33,14 @@ class Local:
     accumulated: float | None = None
     inherited: float | None = None
     bad: int = 0
+    nan: int = 0
+    tainted: int = 0
+    values: int = 0
     drift: float = 0.0
     wrong: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
     through: tuple[str, ...] = ()
+    past: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -48,6 +54,13 @@ class Local:
         return abs(self.drift) > DRIFT * self.floor
 
     @property
+    def not_finite(self) -> str:
+        """How many values are NaN or infinite here alone, and the first token of them."""
+        kind = "NaN" if self.nan == self.bad else "NaN or infinite" if self.nan else "infinite"
+        first = f" (first at token {self.where['token']})" if "token" in self.where else ""
+        return f"{self.bad} of {self.values} values {'is' if self.bad == 1 else 'are'} {kind}{first}"
+
+    @property
     def amplification(self) -> float | None:
         """Accumulated error out over accumulated error in."""
         return self.accumulated / self.inherited if self.accumulated is not None and self.inherited else None
@@ -55,12 +68,41 @@ class Local:
 
 @dataclass(frozen=True)
 class Fault:
-    """The same stage wrong in some layers; `spared` are those where it was replayed and is right."""
+    """The same stage wrong in some layers; `spared` are those where it was replayed and is right.
+
+    `tainted` are those where it is as its inputs are, and they have values that are not finite.
+    """
 
     stage: str
     layers: tuple[int | None, ...]
     spared: tuple[int | None, ...]
     worst: Local
+    tainted: tuple[int | None, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """In how many layers it was replayed."""
+        return len(self.layers) + len(self.spared) + len(self.tainted)
+
+
+@dataclass(frozen=True)
+class Misread:
+    """A stage whose dump is not what `users` were computed from; `error` is the greatest that these have."""
+
+    stage: str
+    users: tuple[str, ...]
+    error: float
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        few = [*self.users] if len(self.users) < 4 else [*self.users[:2], f"{len(self.users) - 2} others"]
+        names = " and ".join(filter(None, (", ".join(few[:-1]), few[-1])))
+        verb = "is" if len(few) == 1 else "are"
+        return (
+            f"the dump of {self.stage} is not what {names} used ({names} {verb} right): dumped after it was changed in"
+            " place, or at another point?"
+        )
 
 
 @dataclass
@@ -82,10 +124,19 @@ class Found:
             bad = [row for row in rows if row.faulty]
             if bad:
                 worst = max(bad, key=lambda row: (row.bad, row.local if math.isfinite(row.local) else math.inf))
-                spared = tuple(row.key[0] for row in rows if not row.faulty)
-                found.append(Fault(stage, tuple(row.key[0] for row in bad), spared, worst))
+                spared = tuple(row.key[0] for row in rows if not row.faulty and not row.tainted)
+                tainted = tuple(row.key[0] for row in rows if not row.faulty and row.tainted)
+                found.append(Fault(stage, tuple(row.key[0] for row in bad), spared, worst, tainted))
         first = {row.key: place for place, row in enumerate(self.locals)}
         return sorted(found, key=lambda fault: first[fault.layers[0], fault.stage])
+
+    def misread(self, row: Local) -> Misread | None:
+        """What is wrong with the dump of a faulty stage where others are right on what it should be."""
+        name = path_of(row.key)
+        users = [other for other in self.locals if name in other.past]
+        if not users:
+            return None
+        return Misread(row.key[1], tuple(dict.fromkeys(u.key[1] for u in users)), max(u.local for u in users))
 
     @property
     def verdict(self) -> str:

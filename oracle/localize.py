@@ -16,13 +16,16 @@ from jaxref.model import Pieces, Place, Routing, decoder_layer, head_rows
 from jaxref.reader import Reader
 from jaxref.stages import STAGES, Key
 from oracle import routing
-from oracle.deviations import distance, drift, visible, worst
+from oracle.deviations import distance, worst
+from oracle.dumps import Dumps
 from oracle.engine_tree import EngineTree, Value
-from oracle.floor import DRIFTING, MARGIN, ROPE, noise
+from oracle.floor import MARGIN, ROPE, noise
+from oracle.judge import judged
 from oracle.local import NO_TOKENS, Found, Local
 from oracle.measure import LAYOUT_GAIN
 from oracle.replay import EXACT, INDICES, Case, Replay, Unknown, Whole, narrowed, rows_at
 from oracle.trees import ordered
+from oracle.yardstick import Yardstick
 from weights import Checkpoint, UserError
 
 Visit = Callable[[Replay, Case, Local, np.ndarray], None]  # is handed each faulty stage while its layer is loaded
@@ -42,14 +45,14 @@ def localize(
     """Replay every stage of the tree in `folder` on its own upstream tensors.
 
     `numerics` is one of `f32 f16 bf16 q8`, or guessed. `hf` is a tree whose local errors, where greater, raise the
-    floor. Raises `UserError` for trees that do not fit the model.
+    floor, except where it is faulty itself. Raises `UserError` for trees that do not fit the model or each other.
     """
     engine = EngineTree(folder, checkpoint, tokens, positions)
     if not engine.keys:
         raise UserError(f"{folder}: holds no stage of this model")
     job = _Job(engine, engine.numerics(numerics), visit)
     if hf is not None:
-        job.yardstick = Replay(EngineTree(hf, checkpoint, engine.tokens, role="yardstick"), job.numerics)
+        job.yardstick = Yardstick(hf, engine, job.numerics)
     return job.run(progress)
 
 
@@ -59,7 +62,8 @@ class _Job:
     def __init__(self, engine: EngineTree, numerics: str, visit: Visit | None) -> None:
         self.engine, self.numerics, self.visit = engine, numerics, visit
         self.replay = Replay(engine, numerics)
-        self.yardstick: Replay | None = None
+        self.dumps = Dumps(self.replay)
+        self.yardstick: Yardstick | None = None
         self.locals: list[Local] = []
         self.unknown: dict[Key, str] = {}
         self._errors: dict[Key, float] = {}
@@ -82,6 +86,7 @@ class _Job:
                 reader.forget()
                 self._whole([key for key in keys if key[0] is None], reader)
         notes = self.engine.notes + [f"{stage} lies head-major, and was read so" for stage in sorted(self._head_major)]
+        notes += self.yardstick.notes() if self.yardstick is not None else ()
         return Found(self.engine, self.numerics, self.locals, self.unknown, notes)
 
     def _chains(self) -> bool:
@@ -102,6 +107,7 @@ class _Job:
 
     def _enter(self, layer: int | None, params: Any) -> None:
         self.replay.enter(layer, params)
+        self.dumps.enter(layer)
         if self.yardstick is not None:
             self.yardstick.enter(layer, params)
 
@@ -211,12 +217,11 @@ class _Job:
         exact = self.replay.exact(case)
         if engine.shape != exact.shape:
             words = f"{list(engine.shape)} values, not {list(exact.shape)}"
-            self._keep(
-                Local(key, math.inf, 0.0, MARGIN * self._noise(key, at), wrong=words, through=through), case, engine
-            )
+            limit = MARGIN * noise(key[1], max(at), self.engine.dims)
+            self._keep(Local(key, math.inf, 0.0, limit, wrong=words, through=through), case, engine)
             return
         engine = self._put_in_order(key, case, own, engine, exact)
-        self._keep(self._judged(case, engine, exact, self._emulated(case, engine, exact), truth), case, engine)
+        self._keep(self._judged(case, engine, exact, self._emulated(case, engine, exact), truth), case, engine, exact)
 
     def _emulated(self, case: Case, engine: np.ndarray, exact: np.ndarray) -> np.ndarray:
         """The stage with the engine's roundings; not computed where the order of sums alone explains the error."""
@@ -229,43 +234,29 @@ class _Job:
     ) -> Local:
         """The stage's own error beside what rounding makes of it, and what it inherited."""
         key, at, stage = case.key, case.positions, case.stage
-        # Stages that the tree lacks are computed exactly, and the engine rounded at each of them.
-        floor = max(distance(stage, emulated, exact, at), self._noise(key, at)) * (1 + len(case.through))
+        row = judged(case, engine, exact, emulated, self.engine.dims, self.numerics)
         accumulated = None
         if truth is not None:
             rows = truth if truth.shape == exact.shape else np.take(truth, list(at), axis=STAGES[stage].row_axis)
-            if rows.shape == engine.shape:
+            # An error over the finite values alone would tell nothing of the others.
+            if rows.shape == engine.shape and not row.bad and not row.tainted:
                 accumulated = self._errors[key] = distance(stage, engine, rows, at)
         inherited = [self._errors[k] for k in STAGES[stage].upstream(self.engine.config, key[0]) if k in self._errors]
-        finite = np.isfinite(exact) & np.isfinite(emulated) & visible(stage, exact, at)
-        row = Local(
-            key,
-            distance(stage, engine, exact, at),
-            floor,
-            MARGIN * floor,
-            accumulated,
-            max(inherited, default=None),
-            int((~np.isfinite(engine) & finite).sum()),
-            drift=drift(engine, emulated) if stage in DRIFTING and self.numerics == "float16" else 0.0,
-            through=case.through,
-        )
+        row = replace(row, accumulated=accumulated, inherited=max(inherited, default=None))
         return replace(row, where=worst(stage, engine, exact, at, self.engine.dims, row.limit)) if row.faulty else row
 
-    def _noise(self, key: Key, at: tuple[int, ...]) -> float:
-        """The least floor: other orders of sums, and what the yardstick shows."""
-        least = noise(key[1], max(at), self.engine.dims)
-        own = self._yardstick_error(key) if self.yardstick is not None else None
-        return least if own is None else max(least, own)
+    def _settled(self, row: Local, case: Case, engine: np.ndarray) -> Local:
+        """A faulty row looked at again: on what its inputs should be, and beside the yardstick."""
+        if not row.faulty or row.wrong is not None:
+            return row
 
-    def _yardstick_error(self, key: Key) -> float | None:
-        assert self.yardstick is not None
-        if key not in self.yardstick.engine.tree.files or key[1] == INDICES:
-            return None
-        case, own = self.yardstick.case(key), self.yardstick.value(key)
-        if isinstance(case, Unknown) or isinstance(own, Unknown):
-            return None
-        at = tuple(p for p in case.positions if p in set(own.positions))
-        return distance(key[1], rows_at(own, at, key[1]), self.yardstick.exact(narrowed(case, at)), at) if at else None
+        def judge(other: Case) -> Local:
+            exact = self.replay.exact(other)
+            return self._judged(other, engine, exact, self._emulated(other, engine, exact), None)
+
+        if (right := self.dumps.right(case, judge)) is not None:
+            return replace(right, accumulated=row.accumulated, inherited=None)  # what came in is not what was dumped
+        return row if self.yardstick is None else self.yardstick.raised(row, case)
 
     def _put_in_order(self, key: Key, case: Case, own: Value, engine: np.ndarray, exact: np.ndarray) -> np.ndarray:
         """q or k that fits only when read head-major is read so, here and by the stages that follow."""
@@ -280,8 +271,11 @@ class _Job:
         self.replay.remember(key, Value(turned, own.positions))
         return turned
 
-    def _keep(self, row: Local, case: Case, engine: np.ndarray) -> None:
+    def _keep(self, row: Local, case: Case, engine: np.ndarray, exact: np.ndarray | None = None) -> None:
+        row = self._settled(row, case, engine)
         self.locals.append(row)
+        if row.faulty and exact is not None:
+            self.dumps.remember(case, exact)
         if row.faulty and self.visit is not None:
             self.visit(self.replay, case, row, engine)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from xml.etree import ElementTree
 
 from jaxref.stages import Key
 from oracle.metrics import jsonable
+from oracle.output import check_output, legible, whole
 from oracle.report import as_text, figures_in_words
 from oracle.result import Comparison, Result, Skip
 
 SCHEMA = "jaxref-compare-v1"
+_JUNIT = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<testsuites?\b")
+_DECLARATION = "<?xml version='1.0' encoding='utf-8'?>\n"
 
 
 def records(result: Result) -> Iterator[dict[str, Any]]:
@@ -109,8 +113,20 @@ def print_json(result: Result) -> None:
         print(json.dumps(record, allow_nan=False))
 
 
+def check_junit(path: Path) -> None:
+    """Raise `UserError` where no JUnit report could be written, or only in another file's place."""
+    check_output(path, "JUnit report", "report.xml", _JUNIT)
+
+
 def write_junit(result: Result, path: Path) -> None:
-    """One test case a stage of a layer; missing ones are errors."""
+    """One test case a stage of a layer; missing ones are errors. Raises `UserError` where it cannot be written."""
+    check_junit(path)
+    with whole(path) as temporary:
+        text = ElementTree.tostring(_suite(result), encoding="unicode")
+        temporary.write_text(_DECLARATION + legible(text), encoding="utf-8")
+
+
+def _suite(result: Result) -> ElementTree.Element:
     bad = sum(not c.good for c in result.comparisons)
     total = len(result.comparisons) + len(result.skips)
     counts = {"tests": total, "failures": bad, "errors": len(result.missing)}
@@ -125,7 +141,7 @@ def write_junit(result: Result, path: Path) -> None:
     for skip in result.skips:
         ElementTree.SubElement(_case(suite, skip.key), "error" if skip.missing else "skipped", message=skip.reason)
     ElementTree.SubElement(suite, "system-out").text = as_text(result)
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    return suite
 
 
 def _case(suite: ElementTree.Element, key: Key) -> ElementTree.Element:

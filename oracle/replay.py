@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,15 @@ class Replay:
         self._known, self._experts = hidden, {}
         self._layer, self._params, self._rounded = layer, params, None
 
-    def value(self, key: Key) -> Value | Unknown:
-        """The engine's own rows of a stage, or what follows for them from the nearest stages that it has."""
+    def value(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Value | Unknown:
+        """The engine's own rows of a stage, or what follows for them from the nearest stages that it has.
+
+        Values in `instead` are taken for the engine's of their stages.
+        """
+        if instead and key in instead:
+            return instead[key]
+        if instead and self._rests_on(key, instead):
+            return self._chained(key, instead)
         if key not in self._known:
             own = self.engine.value(key)
             self._known[key] = own if own is not None else self._chained(key)
@@ -92,14 +100,21 @@ class Replay:
         """Take this for the engine's rows of a stage of the present layer."""
         self._known[key] = value
 
-    def _chained(self, key: Key) -> Value | Unknown:
-        case = self.case(key)
+    def _rests_on(self, key: Key, instead: Mapping[Key, Value]) -> bool:
+        """Whether a stage is missing in the tree and is computed from one of these."""
+        if key in self.engine.tree.files or key[0] != self._layer:
+            return False
+        names = STAGES[key[1]].upstream(self.config, key[0])
+        return any(not isinstance(n, str) and (n in instead or self._rests_on(n, instead)) for n in names)
+
+    def _chained(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Value | Unknown:
+        case = self.case(key, instead)
         if isinstance(case, Unknown):
             return case
         return Value(self.exact(case), case.positions, (*case.through, path_of(key)))
 
-    def case(self, key: Key) -> Case | Unknown:
-        """What a stage of the present layer is computed from."""
+    def case(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Case | Unknown:
+        """What a stage of the present layer is computed from; `instead` as for `value`."""
         layer, stage = key
         if layer != self._layer and not (layer is None and self._layer is None):
             return Unknown(f"{path_of(key)} is missing, and nothing before it is there")
@@ -111,7 +126,7 @@ class Replay:
                     return Unknown(NO_TOKENS)
                 values.append(name)
                 continue
-            value = self.value(name)
+            value = self.value(name, instead)
             if isinstance(value, Unknown):
                 return value
             if (stage, len(values)) in WHOLE and len(value.positions) < self.engine.count:

@@ -15,6 +15,7 @@ from rich.text import Text
 from jaxref.stages import STAGES
 from oracle.layouts import in_words
 from oracle.metrics import Figures
+from oracle.output import legible
 from oracle.result import Comparison, Result
 from oracle.trees import path_of
 
@@ -36,7 +37,7 @@ def print_report(result: Result, console: Console | None = None) -> None:
     """The table, the first divergence, and the verdict, at 80 columns or as wide as the terminal is."""
     out = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for line in _lines(result):
-        out.print(line, soft_wrap=isinstance(line, str), markup=False)
+        out.print(line, soft_wrap=isinstance(line, str), markup=False, emoji=False)
 
 
 def as_text(result: Result) -> str:
@@ -50,7 +51,7 @@ def as_text(result: Result) -> str:
 def _lines(result: Result) -> Iterator[str | Text]:
     for role, tree in result.trees.items():
         dtype = tree.stated_dtype or (result.rules.dtype if role == "test" else "no manifest")
-        yield f"{role:9} {dtype:9} {tree.folder}"
+        yield _unbroken(f"{role:9} {dtype:9} {tree.folder}")
     yield Text()
     yield from _table(result)
     yield Text()
@@ -58,10 +59,15 @@ def _lines(result: Result) -> Iterator[str | Text]:
     yield from (_hanging(line, 2) for line in _summary(result))
 
 
+def _unbroken(line: str) -> str:
+    """A line that stays one, whatever the folder in it is called: a path is copied out of it."""
+    return legible(line).replace("\n", r"\n")
+
+
 def _hanging(line: str, indent: int) -> Text:
     """A line that people may have to break, broken where the next lines begin under its words."""
     options = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
-    return Text("\n".join(textwrap.wrap(line, WIDTH, **options)), overflow="ignore", no_wrap=True)
+    return Text("\n".join(textwrap.wrap(legible(line), WIDTH, **options)), overflow="ignore", no_wrap=True)
 
 
 def _table(result: Result) -> Iterator[Text]:
@@ -90,7 +96,9 @@ def _marks_of(cells: dict[Any, tuple[str, str]]) -> str:
         "missing": "?: missing",
     }
     there = {status for _, status in cells.values()}
-    return ", ".join(words[status] for status in words if status in there or status == "diverge")
+    marks = [words[status] for status in words if status in there or status == "diverge"]
+    marks += ["N: NaN or infinite in one only"] if any(mark.endswith("N") for mark, _ in cells.values()) else []
+    return ", ".join(marks)
 
 
 def mark_of(comparison: Comparison) -> tuple[str, str]:
@@ -152,11 +160,8 @@ def _logits(figures: Figures) -> str:
 
 
 def _summary(result: Result) -> Iterator[str]:
-    worst = max(result.comparisons, key=lambda c: c.test.relative_l2)
     if result.verdict != "diverge":
-        hf = f" (hf {worst.hf.relative_l2:.2%})" if worst.hf else ""
-        words = f"relative L2 {worst.test.relative_l2:.2%}{hf}"
-        yield f"{result.rules.coarser} is worst at {_place(worst)}: {words}"
+        yield _worst_stage(result)
     head = next((c for c in result.comparisons if c.key == (None, "lm_head")), None)
     if head is not None and head.test.kl is not None:
         yield f"logits: {_logits(head.test)}"
@@ -172,6 +177,20 @@ def _summary(result: Result) -> Iterator[str]:
     yield from (f"note: {note}" for note in result.notes)
     yield f"blame: {result.blame.words}"
     yield f"{result.verdict}: {len(result.comparisons)} stages compared, {_count(result)}"
+
+
+def _worst_stage(result: Result) -> str:
+    worst = max(result.comparisons, key=lambda c: c.test.relative_l2)
+    if all(c.test.equal for c in result.comparisons):
+        return "every value compared equals the reference's"
+    hf = f" (hf {_share(worst.hf.relative_l2)})" if worst.hf else ""
+    return f"{result.rules.coarser} is worst at {_place(worst)}: relative L2 {_share(worst.test.relative_l2)}{hf}"
+
+
+def _share(error: float) -> str:
+    """As a percentage, or as it stands where that would be 0.00%."""
+    percentage = f"{error:.2%}"
+    return percentage if percentage != "0.00%" else f"{error:.2g}"
 
 
 def _place(comparison: Comparison) -> str:
@@ -192,7 +211,7 @@ def print_diff(found: dict[str, Any]) -> None:
         return "NaN" if value is None else format(value, form)
 
     for name in ("path_a", "path_b", "layer", "dim_product"):
-        out.print(Text(f"{name:12} {found[name]}"), soft_wrap=True)
+        out.print(Text(_unbroken(f"{name:12} {found[name]}")), soft_wrap=True)
     out.print(f"max abs diff {number(found['max_abs_diff'])} at {found['max_abs_diff_index']}")
     out.print(f"rms diff     {number(found['rms_diff'])}")
     out.print(f"cosine       {number(found['cosine_sim'], '.10f')}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from oracle.trees import Tree
+from oracle.verdict import coarser_of
 from weights import UserError
 from weights.errors import listed
 from weights.identity import differing
@@ -47,6 +48,16 @@ def _same_weights(first: Tree, second: Tree) -> Iterator[str]:
 def stated_weights(tree: Tree) -> list[dict[str, Any]]:
     """The files of weights that a tree's manifest tells of, with their digests."""
     return (tree.manifest or {}).get("weights") or []
+
+
+def coarse_yardstick(hf: Tree, test: Tree, test_dtype: str | None) -> Iterator[str]:
+    """A note where the yardstick rounds to fewer bits than the test, as far as what they say, or their values, tell."""
+    yardstick = hf.stated_dtype or hf.guess_dtype()
+    stated = test_dtype or test.stated_dtype
+    dtype = stated or test.guess_dtype()
+    if yardstick != dtype and coarser_of(yardstick, dtype) == yardstick:
+        theirs = dtype if stated else f"by its values {dtype} (--test-dtype)"
+        yield f"the yardstick is {yardstick}, the tree under test {theirs}: its noise hides smaller faults"
 
 
 def _short(tree: Tree) -> str:

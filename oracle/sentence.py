@@ -14,7 +14,7 @@ def sentence(result: Result) -> str:
     """What a person can paste into a bug report; where nothing diverges it says so, with the worst stage."""
     model = _model(result)
     count = len(result.missing)
-    missing = f"; {_many(count, 'stage')} {'is' if count == 1 else 'are'} missing" if count else ""
+    missing = f"; {many(count, 'stage')} {'is' if count == 1 else 'are'} missing" if count else ""
     if result.first is None:
         return f"{_agreement(result)}{_third(result)}{missing}{model}."
     before = result.last_good
@@ -67,7 +67,8 @@ def _agreement(result: Result) -> str:
     worst = max(result.comparisons, key=lambda c: c.test.relative_l2)
     test, reference = (named(result.trees[role]) for role in ("test", "reference"))
     count = len(result.comparisons)
-    words = f"{test} agrees with {reference} at all {count} stages compared"
+    where = "the one stage" if count == 1 else f"all {count} stages"
+    words = f"{test} agrees with {reference} at {where} compared"
     return f"{words}, relative L2 at most {worst.test.relative_l2:.2g} (at {path_of(worst.key)})"
 
 
@@ -79,10 +80,11 @@ def _model(result: Result) -> str:
         return ""
     layers = config.num_hidden_layers
     family = _FAMILIES.get(config.model_type, config.model_type)
-    return f"; {family} with {_many(layers, 'layer')}, {_many(len(tokens), 'token')}"
+    return f"; {family} with {many(layers, 'layer')}, {many(len(tokens), 'token')}"
 
 
-def _many(count: int, word: str) -> str:
+def many(count: int, word: str) -> str:
+    """`1 stage`, `2 stages`."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 

@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxref.stages import STAGES
-from oracle.explain import Cause, Explained
+from oracle.explain import MISREAD, Cause, Explained
 from oracle.floor import MARGIN
 from oracle.local import Fault, Found, Local
 from oracle.metrics import jsonable
 from oracle.report import SHORT, WIDTH
+from oracle.sentence import many
 from oracle.trees import path_of
 
 SCHEMA = "jaxref-localize-v1"
+HUGE = 1e300  # an error from here on stands for a value that is not finite
 
 
 def print_told(told: Explained) -> None:
@@ -65,13 +67,23 @@ def _map(found: Found) -> Iterator[Text]:
 def _legend(found: Found) -> str:
     there = {key[1] for key in (*(row.key for row in found.locals), *found.unknown)}
     stages = ", ".join(f"{SHORT.get(name, name[:2])} {name}" for name in STAGES if name in there)
-    return f".: what its inputs give, ~: the same through missing stages, X: faulty, ?: not replayed. {stages}."
+    tainted = ", n: not finite because its inputs are not" if any(mark_of(row) == "n" for row in found.locals) else ""
+    marks = f".: what its inputs give, ~: the same through computed stages, X: faulty{tainted}, ?: not replayed"
+    return f"{marks}. {stages}."
+
+
+def mark_of(row: Local) -> str:
+    """The letter of a stage in the map."""
+    if row.faulty:
+        return "X"
+    return "n" if row.tainted else "~" if row.through or row.past else "."
+
+
+_STYLES = {"X": "bold red", "n": "red", "~": "cyan", ".": "green"}
 
 
 def _mark(row: Local) -> tuple[str, str]:
-    if row.faulty:
-        return "X", "bold red"
-    return ("~", "cyan") if row.through else (".", "green")
+    return mark_of(row), _STYLES[mark_of(row)]
 
 
 def layers_in_words(layers: Sequence[int | None], total: int) -> str:
@@ -89,25 +101,33 @@ def layers_in_words(layers: Sequence[int | None], total: int) -> str:
     return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
 
 
+def _named(fault: Fault) -> str:
+    """`qkv_bias in layer 2`, and of a stage of the whole model its name alone."""
+    whole = all(layer is None for layer in fault.layers)
+    return fault.stage if whole else f"{fault.stage} in {layers_in_words(fault.layers, fault.count)}"
+
+
 def _block(fault: Fault, found: Found, causes: list[Cause]) -> Iterator[str]:
-    worst, count = fault.worst, len(fault.layers) + len(fault.spared)
+    worst, count = fault.worst, fault.count
     spared = f"; right in {layers_in_words(fault.spared, -1)}" if fault.spared else ""
-    yield f"{fault.stage}, {layers_in_words(fault.layers, count)}{spared} ({STAGES[fault.stage].meaning})"
+    spared += f"; not finite in {layers_in_words(fault.tainted, -1)}, as its inputs there" if fault.tainted else ""
+    yield f"{_named(fault).replace(' in ', ', ', 1)}{spared} ({STAGES[fault.stage].meaning})"
     place = path_of(worst.key)
-    if worst.wrong is None:
+    if worst.bad:
+        yield f"  values    {worst.not_finite} at {place}"
+    elif worst.wrong is None:
         yield f"  local     {worst.local:.3g} at {place}; its rounding makes {worst.floor:.2g} of it"
-    if worst.drifting and worst.local <= worst.limit:
+    if worst.drifting and worst.local <= worst.limit and not worst.bad:
         yield f"  scale     all rows by {1 + worst.drift:.6f}"
     if worst.accumulated is not None:
-        inherited = f", {worst.inherited:.3g} of it came in" if worst.inherited is not None else ""
-        amplified = f", {worst.amplification:.3g} times" if worst.amplification else ""
-        yield f"  in all    {worst.accumulated:.3g} from the truth{inherited}{amplified}"
+        yield f"  in all    {worst.accumulated:.3g} from the truth{_came_in(worst)}"
     if worst.where:
         yield f"  worst     {where_in_words(worst.where)}"
     if worst.through:
         yield f"  through   {', '.join(worst.through)}: missing in the tree, computed"
-    if not causes:
-        yield from [f"  wrong     {worst.wrong}"] if worst.wrong else []
+    misread = found.misread(worst)
+    if not causes and (worst.wrong or misread):
+        yield f"  wrong     {misread.words if misread else worst.wrong}"
     for cause in causes:
         at = "" if len(causes) == 1 else f" ({layers_in_words(cause.layers, count)})"
         if cause.explanation is None:
@@ -115,7 +135,16 @@ def _block(fault: Fault, found: Found, causes: list[Cause]) -> Iterator[str]:
             continue
         same = f", or, the same here, {' or '.join(cause.explanation.same)}" if cause.explanation.same else ""
         yield f"  because   {cause.explanation.hypothesis}: {cause.explanation.text}{same}{at}"
-        yield f"            with it {cause.explanation.residual:.2g} is left"
+        place = "there" if cause.explanation.hypothesis == MISREAD else "with it"
+        yield f"            {place} {cause.explanation.residual:.2g} is left"
+
+
+def _came_in(row: Local) -> str:
+    """The error of the inputs; how much it grew only where it, and not the stage's own error, is what came out."""
+    if row.inherited is None:
+        return ""
+    grown = row.amplification and row.inherited > row.limit and row.local < 10 * row.inherited
+    return f", {row.inherited:.3g} of it came in" + (f", {row.amplification:.3g} times" if grown else "")
 
 
 def where_in_words(where: dict[str, Any]) -> str:
@@ -125,7 +154,9 @@ def where_in_words(where: dict[str, Any]) -> str:
         if name in where:
             wrong, count = where[f"{name}s_wrong"], where[f"{name}s"]
             share = "alone" if wrong == 1 < count else f"{wrong} of {count} wrong"
-            parts.append(f"{name} {where[name]} ({where[f'{name}_rel_l2']:.3g}, {share})")
+            error = where[f"{name}_rel_l2"]
+            size = f"{error:.3g}, " if error < HUGE else ""
+            parts.append(f"{name} {where[name]} ({size}{share})")
     return ", ".join(parts)
 
 
@@ -137,6 +168,10 @@ def _rest(found: Found) -> Iterator[str]:
     if through:
         more = f" and {len(through) - 4} others" if len(through) > 4 else ""
         yield f"computed, since the tree lacks them: {', '.join(through[:4])}{more}"
+    past = list(dict.fromkeys(name for row in found.locals for name in row.past))
+    if past:
+        more = f" and {len(past) - 4} others" if len(past) > 4 else ""
+        yield f"computed, since what was used is not what was dumped: {', '.join(past[:4])}{more}"
     notes = Counter(note for row in found.locals for note in row.notes)
     yield from (f"note: {note}" for note in (*found.notes, *notes))
 
@@ -145,24 +180,34 @@ def sentence(told: Explained) -> str:
     """One sentence that can be pasted into a bug report."""
     found = told.found
     config, count = found.engine.config, found.engine.count
-    what = f"{config.model_type}, {config.num_hidden_layers} layers, {count} tokens, {found.numerics}"
+    sizes = f"{many(config.num_hidden_layers, 'layer')}, {many(count, 'token')}"
+    what = f"{config.model_type}, {sizes}, {found.numerics}"
     tree = found.engine.tree.folder.name or str(found.engine.tree.folder)
     if found.verdict == "incomplete":
         unknown = len(found.unknown)
-        return f"incomplete: of {tree} {len(found.locals)} stages are right, {unknown} could not be replayed ({what})."
+        right = f"{many(len(found.locals), 'stage')} {'is' if len(found.locals) == 1 else 'are'} right"
+        return f"incomplete: of {tree} {right}, {unknown} could not be replayed ({what})."
     if not found.faults:
+        count = len(found.locals)
+        each = "the one stage" if count == 1 else f"each of the {count} stages"
         return (
-            f"clean: each of the {len(found.locals)} stages of {tree} is what its own inputs give, within"
+            f"clean: {each} of {tree} is what its own inputs give, within"
             f" {MARGIN:g} times the rounding of {found.numerics} ({what})."
         )
-    parts = []
-    for fault in found.faults:
-        where = layers_in_words(fault.layers, len(fault.layers) + len(fault.spared))
-        cause = next((c for c in told.causes if c.stage == fault.stage and c.explanation), None)
-        why = f" ({cause.explanation.text})" if cause and cause.explanation else ""
-        size = "" if fault.worst.wrong else f", {fault.worst.local:.2g} where rounding makes {fault.worst.floor:.1g}"
-        parts.append(f"{fault.stage} in {where}{size}{why}")
-    return f"faulty: {tree} computes wrongly from its own inputs: {'; '.join(parts)} ({what})."
+    faults = "; ".join(_fault_in_words(fault, told) for fault in found.faults)
+    dumps = all(found.misread(row) for row in found.locals if row.faulty)
+    kind = "holds dumps that are not what was computed with" if dumps else "computes wrongly from its own inputs"
+    return f"faulty: {tree} {kind}: {faults} ({what})."
+
+
+def _fault_in_words(fault: Fault, told: Explained) -> str:
+    worst = fault.worst
+    cause = next((c.explanation.text for c in told.causes if c.stage == fault.stage and c.explanation), None)
+    misread = told.found.misread(worst)
+    cause = misread.words if misread and cause is None else cause
+    size = f", {worst.local:.2g} where rounding makes {worst.floor:.1g}" if worst.wrong is None else ""
+    size = f", {worst.not_finite}" if worst.bad else size
+    return f"{_named(fault)}{size}{f' ({cause})' if cause else ''}"
 
 
 def records(told: Explained, *, explained: bool) -> Iterator[dict[str, Any]]:
@@ -179,7 +224,8 @@ def records(told: Explained, *, explained: bool) -> Iterator[dict[str, Any]]:
 
 
 def _faults(fault: Fault, told: Explained, explained: bool) -> Iterator[dict[str, Any]]:
-    entry = {"stage": fault.stage, "layers": list(fault.layers), "spared": list(fault.spared), **_figures(fault.worst)}
+    entry = {"stage": fault.stage, "layers": list(fault.layers), "spared": list(fault.spared)}
+    entry |= {"tainted": list(fault.tainted), **_figures(fault.worst)}
     if not explained:
         yield entry
         return
@@ -197,4 +243,5 @@ def _figures(row: Local) -> dict[str, Any]:
     numbers |= {"inherited": row.inherited, "amplification": row.amplification, "drift": row.drift}
     found: dict[str, Any] = {name: jsonable(value) for name, value in numbers.items()}
     where = {name: jsonable(value) for name, value in row.where.items()}
-    return found | {"not_finite": row.bad, "wrong": row.wrong, "where": where, "through": list(row.through)}
+    found |= {"not_finite": row.bad, "inherited_not_finite": row.tainted, "wrong": row.wrong, "where": where}
+    return found | {"through": list(row.through), "past": list(row.past)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Tree:
 
     `positions` are those of the rows, for a producer that writes no manifest. Each file is read as it lies there now:
     once it is changed, reading it raises `UserError`, so that no figure is of two runs. Raises `UserError` for a folder
-    that holds no stage, or a broken manifest.
+    that holds no stage, one that cannot be read, or a broken manifest.
     """
 
     def __init__(self, folder: str | Path, role: str, positions: tuple[int, ...] | None = None) -> None:
@@ -82,14 +83,11 @@ class Tree:
 
     def _find(self) -> dict[Key, Path]:
         found: dict[Key, Path] = {}
-        for path in sorted(self.folder.iterdir()) + sorted(self.folder.glob("layer-*/*")):
-            layer = _LAYER.fullmatch(path.parent.name) if path.parent != self.folder else None
+        for layer, path in self._paths():
             if path.suffix not in _FORMS or path.name.startswith("."):
                 continue
-            if path.parent != self.folder and layer is None:
-                continue
             try:
-                key = (None if layer is None else int(layer[1]), stage_named(path.stem).name)
+                key = (layer, stage_named(path.stem).name)
             except UserError:
                 self.unknown.append(plain(path.relative_to(self.folder)))
                 continue
@@ -100,6 +98,14 @@ class Tree:
             with suppress(OSError):  # a link to nothing is an error when it is read
                 self._versions[key] = Version.of(path.stat())
         return found
+
+    def _paths(self) -> Iterator[tuple[int | None, Path]]:
+        """What lies in the folder and in those of its layers, and in which layer."""
+        inside = _listed(self.folder)
+        yield from ((None, path) for path in inside)
+        for folder in inside:
+            if found := _LAYER.fullmatch(folder.name):
+                yield from ((int(found[1]), path) for path in _listed(folder))
 
     def _config(self) -> Config | None:
         stated = (self.manifest or {}).get("config")
@@ -163,6 +169,16 @@ class Tree:
         keys = [key for key in self.files if key[1] not in ("embedding", "moe_router_indices", "qkv_matmul")]
         votes = Counter(_fits(self.open(key).values[:_SAMPLE]) for key in keys[:64])
         return votes.most_common(1)[0][0] if votes else "float32"
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What a folder holds: nothing where it is a file. One that cannot be read must not count as empty."""
+    try:
+        return sorted(folder.iterdir())
+    except (NotADirectoryError, FileNotFoundError):  # the latter: a link to nothing
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def _fits(values: np.ndarray) -> str:

@@ -15,11 +15,15 @@ from oracle.variants import Switches
 
 @dataclass(frozen=True)
 class Try:
-    """One variant of a hypothesis: its parameter, the switches, and how a person says it."""
+    """One variant of a hypothesis: its parameter, the switches, and how a person says it.
+
+    One that is `fitted` to the engine's rows is believed only where it leaves no more than the floor.
+    """
 
     parameter: Any
     switches: Switches
     words: str
+    fitted: bool = False
 
 
 Tries = Callable[[Bench], Iterable[Try]]
@@ -48,7 +52,8 @@ _OTHER = {
 def eps(bench: Bench) -> Iterator[Try]:
     """Another eps: those that people use, and a fitted one."""
     for eps in fits.epsilons(bench):
-        yield Try(eps, {"eps": eps}, f"eps = {eps:g} (the config says {bench.settings['eps']:g})")
+        words = f"eps = {eps:g} (the config says {bench.settings['eps']:g})"
+        yield Try(eps, {"eps": eps}, words, fitted=eps not in fits.EPSILONS)
 
 
 def other_norm(bench: Bench) -> Iterator[Try]:

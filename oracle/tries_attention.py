@@ -106,9 +106,9 @@ def kv_map(kind: str) -> Tries:
 
 def window(bench: Bench) -> Iterator[Try]:
     """No sliding window, or one as long as the engine shows."""
-    if bench.settings["window"] is not None:
-        yield Try("none", {"window": None}, f"no sliding window (the config says {bench.settings['window']})")
+    stated = bench.settings["window"]
+    if stated is not None:
+        yield Try("none", {"window": None}, f"no sliding window (the config says {stated})")
+    says = "has none" if stated is None else f"says {stated}"
     for window in fits.windows(bench):
-        yield Try(
-            window, {"window": window}, f"a sliding window of {window} (the config says {bench.settings['window']})"
-        )
+        yield Try(window, {"window": window}, f"a sliding window of {window} (the config {says})")

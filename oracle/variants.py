@@ -20,7 +20,7 @@ Switches = dict[str, Any]
 
 
 def norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """RMSNorm of rows: `skip`, `centre` (LayerNorm), `plus_one`, `unweighted`, `eps`."""
+    """RMSNorm of rows: `skip`, `centre` (LayerNorm), `plus_one`, `unweighted`, `eps`, `outside`: where eps is added."""
     (weight,) = w.values()
     return x[0] if s.get("skip") else _normed(x[0], weight, s)
 
@@ -40,7 +40,11 @@ def head_norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 def _normed(x: Array, weight: Array, s: Switches) -> Array:
     if s.get("centre"):
         x = x - x.mean(axis=-1, keepdims=True)
-    unit = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + s["eps"])
+    size, outside = np.square(x).mean(axis=-1, keepdims=True), s.get("outside")
+    if outside == "reciprocal":
+        unit = x * (1 / np.sqrt(size) + s["eps"])
+    else:
+        unit = x / (np.sqrt(size) + s["eps"] if outside == "root" else np.sqrt(size + s["eps"]))
     return unit if s.get("unweighted") else unit * (weight + 1 if s.get("plus_one") else weight)
 
 

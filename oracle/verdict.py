@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxref.stages import STAGES, Key
@@ -236,13 +236,31 @@ def check_dtype(dtype: str | None) -> str | None:
     return dtype
 
 
-def compile_missing(patterns: Sequence[str]) -> re.Pattern[str] | None:
+@dataclass(frozen=True)
+class Missing:
+    """Stages that may be missing, each pattern met for a stage's whole name, or for `layer-3/name`."""
+
+    patterns: tuple[re.Pattern[str], ...]
+
+    def fullmatch(self, name: str) -> bool:
+        """Whether one of the patterns is met."""
+        return any(pattern.fullmatch(name) for pattern in self.patterns)
+
+    def covers(self, key: Key) -> bool:
+        """Whether this stage may be missing."""
+        return self.fullmatch(key[1]) or self.fullmatch(path_of(key))
+
+    def idle(self, keys: Iterable[Key]) -> list[str]:
+        """The patterns that none of these stages meets: misspelled ones, most likely."""
+        names = {name for key in keys for name in (key[1], path_of(key))}
+        return [one.pattern for one in self.patterns if not any(one.fullmatch(name) for name in names)]
+
+
+def compile_missing(patterns: Sequence[str]) -> Missing | None:
     """The stages that may be missing. Raises `UserError` for what is no regular expression."""
     if not patterns:
         return None
-    for pattern in patterns:  # each by itself: `a)|(b` would be one only inside the brackets below
-        _compiled(pattern, f"allow-missing {brief(pattern)}")
-    return _compiled("|".join(f"(?:{pattern})" for pattern in patterns), f"allow-missing {brief(patterns)}")
+    return Missing(tuple(_compiled(pattern, f"allow-missing {brief(pattern)}") for pattern in patterns))
 
 
 def _compiled(pattern: str, where: str) -> re.Pattern[str]:

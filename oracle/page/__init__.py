@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weights import UserError
+from oracle.output import check_output, legible, whole
 
 if TYPE_CHECKING:
     from oracle.explain import Explained
     from oracle.page.sheet import Sheet
     from oracle.result import Result
 
+_PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
+
 
 def check_html(path: Path) -> None:
-    """Raise `UserError` where no page could be written there, before anything long is begun."""
+    """Raise `UserError` where no page could be written, or only in another file's place; before anything long."""
     from oracle.plots import need_matplotlib
 
     need_matplotlib()
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; a file like report.html was expected")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path.absolute().parent}: no such folder, so {path.name} cannot be written there")
+    check_output(path, "page", "report.html", _PAGE)
 
 
 def write_html(result: Result, path: Path) -> None:
@@ -53,11 +53,5 @@ def write_sheet(sheet: Sheet, path: Path) -> None:
 
     if sheet.lines:
         sheet = replace(sheet, pictures=[staircase_of(sheet.lines), *sheet.pictures])
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(page_of(sheet), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(legible(page_of(sheet)), encoding="utf-8")

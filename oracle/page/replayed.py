@@ -7,9 +7,11 @@ from oracle.explain import Explained
 from oracle.local import Local
 from oracle.page.sheet import Cell, Listing, Series, Sheet, Side
 from oracle.sentence import named
-from oracle.told import layers_in_words, sentence, where_in_words
+from oracle.told import layers_in_words, mark_of, sentence, where_in_words
 
-MARKS = {".": "what its own inputs give", "~": "the same through missing stages", "X": "faulty", "?": "not replayed"}
+MARKS = {".": "what its own inputs give", "~": "the same through computed stages", "X": "faulty"}
+MARKS |= {"n": "not finite because its inputs are not", "?": "not replayed"}
+STATUS = {"X": "diverge", "n": "tie", "~": "tie", ".": "agree"}
 
 
 def sheet_of_told(told: Explained) -> Sheet:
@@ -47,10 +49,13 @@ def _because(told: Explained, row: Local) -> str | None:
 
 
 def _cell(row: Local, because: str | None) -> Cell:
-    mark, status = ("X", "diverge") if row.faulty else ("~", "tie") if row.through else (".", "agree")
+    mark = mark_of(row)
     details = {"stage": STAGES[row.key[1]].meaning}
     details |= {"because": because} if because else {}
-    details["own error"] = f"{row.local:.3g}"
+    if row.bad:
+        details["not finite"] = row.not_finite
+    else:
+        details["own error"] = f"{row.local:.3g}"
     details |= {"floor": f"{row.floor:.3g}", "limit": f"{row.limit:.3g}"}
     if row.accumulated is not None:
         details["accumulated"] = f"{row.accumulated:.3g}"
@@ -62,7 +67,9 @@ def _cell(row: Local, because: str | None) -> Cell:
         details["wrong"] = row.wrong
     if row.through:
         details["through"] = ", ".join(row.through[:8]) + (" …" if len(row.through) > 8 else "")
-    return Cell(row.key, row.local, mark, status, details)
+    if row.past:
+        details["computed past the dump of"] = ", ".join(row.past[:8]) + (" …" if len(row.past) > 8 else "")
+    return Cell(row.key, row.local, mark, STATUS[mark], details)
 
 
 def _lines(rows: list[Local]) -> list[Series]:
@@ -77,9 +84,10 @@ def _lines(rows: list[Local]) -> list[Series]:
 def _faults(told: Explained) -> Listing:
     rows = []
     for fault in told.found.faults:
-        where = layers_in_words(fault.layers, len(fault.layers) + len(fault.spared))
+        where = layers_in_words(fault.layers, fault.count)
         causes = [cause for cause in told.causes if cause.stage == fault.stage]
         words = [cause.explanation.text if cause.explanation else cause.hint for cause in causes]
-        rows.append((fault.stage, where, f"{fault.worst.local:.3g}", f"{fault.worst.floor:.2g}", "; ".join(words)))
+        size = fault.worst.not_finite if fault.worst.bad else f"{fault.worst.local:.3g}"
+        rows.append((fault.stage, where, size, f"{fault.worst.floor:.2g}", "; ".join(words)))
     columns = ("stage", "where", "own error", "floor", "cause or hint")
     return Listing("Faults", "Each stage that is wrong in itself, whatever it inherited.", columns, rows)

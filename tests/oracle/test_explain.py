@@ -249,10 +249,17 @@ def test_the_page_shows_the_fault_and_its_cause(models: Models, tmp_path: Path) 
 
 
 def test_a_yardstick_raises_the_floor(models: Models, tmp_path: Path) -> None:
-    """What another program of the same numerics does as badly is no fault."""
+    """What another program of the same numerics does nearly as badly is no fault; more than that is one."""
     raw, weights, checkpoint = models.get("qwen2", CLEAN)
-    noisy = run(raw, weights, TOKENS, "float32", {"noise/ffn_up": None})
-    for name in ("engine", "yardstick"):
-        write(tmp_path / name, noisy)
-    assert [f.stage for f in localize(checkpoint, tmp_path / "engine", TOKENS).faults] == ["ffn_up"]
-    assert localize(checkpoint, tmp_path / "engine", TOKENS, hf=tmp_path / "yardstick").verdict == "clean"
+    trace = run(raw, weights, TOKENS, "float32")
+    right, key = np.asarray(trace[None, "lm_head"], np.float64), (None, "lm_head")
+    write(tmp_path / "clean", trace)
+    (floor,) = (row.floor for row in localize(checkpoint, tmp_path / "clean", TOKENS).locals if row.key == key)
+    noise = np.random.default_rng(0).normal(size=right.shape)
+    noise *= floor * np.linalg.norm(right) / np.linalg.norm(noise)
+    for times in (3, 6, 20):
+        write(tmp_path / f"{times}", trace | {key: (right + times * noise).astype(np.float32)})
+    for times, verdict in ((3, "clean"), (6, "faulty"), (20, "faulty")):
+        assert localize(checkpoint, tmp_path / f"{times}", TOKENS).verdict == verdict
+    for times, verdict in ((6, "clean"), (20, "faulty")):
+        assert localize(checkpoint, tmp_path / f"{times}", TOKENS, hf=tmp_path / "3").verdict == verdict

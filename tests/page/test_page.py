@@ -64,7 +64,7 @@ def test_the_same_result_gives_the_same_bytes(result, tmp_path) -> None:
 
 def test_a_page_is_whole_or_not_there(result, tmp_path, monkeypatch) -> None:
     path = tmp_path / "p.html"
-    path.write_text("before")
+    path.write_text("<!DOCTYPE html>before")
 
     def fails(sheet: Sheet) -> str:
         raise OSError(28, "No space left on device")
@@ -72,7 +72,7 @@ def test_a_page_is_whole_or_not_there(result, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(render, "page_of", fails)
     with pytest.raises(UserError, match=r"p\.html: cannot be written: No space left on device"):
         write_html(result, path)
-    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["p.html"]
+    assert path.read_text() == "<!DOCTYPE html>before" and [p.name for p in tmp_path.iterdir()] == ["p.html"]
 
 
 def test_refusals_come_before_the_work(tmp_path, monkeypatch) -> None:
