@@ -13,7 +13,7 @@ LARGEST, KEPT = 32 << 20, 1 << 30
 def keep_freed_memory() -> None:
     """Let glibc reuse blocks of up to 32 MB instead of giving them back; does nothing where the C library is another.
 
-    For commands, before JAX is imported: one arena, so that a block freed by one thread serves another.
+    For commands, before anything is computed: one arena, so that a block freed by one thread serves another.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
