@@ -11,11 +11,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from jaxref.aprt import read_aprt
 from oracle import compare
-from oracle.__main__ import main
 from oracle.comparer import Options
 from oracle.page import check_html
 from oracle.records import check_junit, write_junit
@@ -25,6 +23,7 @@ from oracle.verdict import compile_missing
 from tests.conftest import prompt
 from tests.fixtures.make import put
 from tests.oracle.faults import model, overwrite, run, write, write_reference
+from tests.oracle.test_cli import oracle
 from weights import UserError
 
 TOKENS = prompt(9, 272)
@@ -46,17 +45,6 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_reference(root / name, run(params, config, TOKENS, dtype), config, TOKENS, dtype, last=False)
     write(root / "test", run(*dense, TOKENS, "float32"), last=False)
     return root
-
-
-def oracle(*arguments: object) -> tuple[int, str]:
-    """Exit code and stdout, or the message of a refusal."""
-    found = CliRunner().invoke(main, [str(a) for a in arguments], standalone_mode=False)
-    if isinstance(found.exception, UserError):
-        assert len(str(found.exception).splitlines()) == 1
-        return 2, str(found.exception)
-    if found.exception is not None:
-        raise found.exception
-    return found.return_value or 0, found.output
 
 
 def resize(tree: Path, layer: int, stage: str, shape: tuple[int, ...] | None = None) -> None:
