@@ -32,7 +32,8 @@ class Bench:
         self._function = variant_of(case.stage)
 
     @cached_property
-    def _rounding_drift(self) -> float:
+    def rounding_drift(self) -> float:
+        """The scale that rounding alone gives all rows."""
         return drift(self.replay.emulate(self.case), self.run({}))
 
     @property
@@ -52,21 +53,18 @@ class Bench:
 
     def error(self, switches: Switches) -> float:
         """How far the engine is from the stage with these switches: relative L2; infinite where they cannot be."""
+        return self.apart(lambda: self.run(switches))
+
+    def apart(self, run: Callable[[], np.ndarray]) -> float:
+        """How far the engine is from these rows, whoever computes them; infinite where they cannot be computed."""
         try:
             with np.errstate(all="ignore"):
-                found = self.run(switches)
+                found = run()
                 stored = found.astype(self.replay.emulated.compute).astype(np.float64)
                 # A value that the engine rounded once is that of the right variant rounded, to the bit.
                 return min(distance(self.stage, self.engine, x, self.case.positions) for x in (found, stored))
         except (ValueError, IndexError, KeyError, FloatingPointError):
             return float("inf")  # shapes that do not go together: this is not what the engine did
-
-    def drift(self, switches: Switches) -> float:
-        """The scale that is left between the engine's rows and the stage with these switches, less rounding's own."""
-        try:
-            return abs(drift(self.engine, self.run(switches)) - self._rounding_drift)
-        except (ValueError, IndexError, KeyError):
-            return float("inf")
 
     def _weight(self, field: str, pick: Pick | None) -> np.ndarray:
         own = np.asarray(getattr(self.case.params, field))

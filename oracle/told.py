@@ -234,7 +234,7 @@ def _faults(fault: Fault, told: Explained, explained: bool) -> Iterator[dict[str
         named = None
         if e is not None:
             named = {"hypothesis": e.hypothesis, "parameter": e.parameter, "text": e.text}
-            named |= {"residual": jsonable(e.residual), "same": list(e.same)}
+            named |= {"residual": jsonable(e.residual), "same": list(e.same), "stages": list(e.stages)}
         yield entry | {"layers": list(cause.layers), "explanation": named, "hint": cause.hint}
 
 

@@ -14,10 +14,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from jaxref.stages import STAGES, keys_of
 from oracle.explain import Cause, Explained, explain
 from tests.conftest import prompt
 from tests.oracle.standin import FAULTS, Planted, run, struck_stages, write
-from weights import Checkpoint, open_checkpoint
+from weights import Checkpoint, Config, open_checkpoint
 from weights.tiny import tiny_config, write_random
 
 COUNT = 23
@@ -36,11 +37,12 @@ class Outcome:
     found: set[str]
     causes: list[Cause]
     planted: Planted
+    lost: tuple[str, ...] = ()
 
     @property
     def stage_right(self) -> bool:
-        """Exactly the struck stages."""
-        return self.struck == self.found
+        """Exactly the struck stages; of a tree that lacks some, none but those that show it."""
+        return self.found <= self.struck and bool(self.found) if self.lost else self.struck == self.found
 
     @property
     def cause_right(self) -> bool:
@@ -80,8 +82,15 @@ class Models:
         return self._made[key]
 
 
-def sweep(root: Path, arch: str, dtype: str, layer: int | None, names: list[str] | None = None) -> Iterator[Outcome]:
-    """All faults that this architecture can have, in one layer or (None) in all."""
+def sweep(
+    root: Path,
+    arch: str,
+    dtype: str,
+    layer: int | None,
+    names: list[str] | None = None,
+    lost: tuple[str, ...] = (),
+) -> Iterator[Outcome]:
+    """All faults that this architecture can have, in one layer or (None) in all, in trees without the `lost` stages."""
     models, tokens = Models(root), prompt(COUNT, 272)
     for planted in FAULTS.values():
         if arch not in planted.archs or dtype not in planted.dtypes or (names and planted.name not in names):
@@ -90,7 +99,7 @@ def sweep(root: Path, arch: str, dtype: str, layer: int | None, names: list[str]
         where = {layer} if planted.per_layer and layer is not None else None
         trace = run(raw, weights, tokens, dtype, {planted.name: where})
         with TemporaryDirectory(dir=root) as folder:
-            write(Path(folder), trace)
+            write(Path(folder), {key: value for key, value in trace.items() if key[1] not in lost})
             told: Explained = explain(checkpoint, folder, tokens, numerics=SHORT[dtype])
         if where is None and planted.per_layer:
             counts = Counter(stage for _, stage in trace if stage in planted.stages)
@@ -99,7 +108,18 @@ def sweep(root: Path, arch: str, dtype: str, layer: int | None, names: list[str]
         else:
             struck = {stage for _, stage in struck_stages(planted, trace, layer if planted.per_layer else None)}
         found = {fault.stage for fault in told.found.faults}
-        yield Outcome(planted.name, arch, dtype, layer, struck, found, told.causes, planted)
+        shown = _shown(struck, set(lost), checkpoint.config)
+        yield Outcome(planted.name, arch, dtype, layer, shown, found, told.causes, planted, lost)
+
+
+def _shown(struck: set[str], lost: set[str], config: Config) -> set[str]:
+    """The stages that are there and show what is wrong in these: these themselves, and for lost ones the next."""
+    found = set(struck)
+    for key in keys_of(config):
+        above = {name[1] for name in STAGES[key[1]].upstream(config, key[0]) if not isinstance(name, str)}
+        if above & lost & found:
+            found.add(key[1])
+    return found - lost
 
 
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -132,10 +152,12 @@ def main() -> None:
     parser.add_argument("dtype", nargs="?", default="float32", choices=SHORT)
     parser.add_argument("layer", nargs="?", default=str(LAYER), help="a layer's number, or all")
     parser.add_argument("fault", nargs="*", help="names of faults; all of them by default")
+    parser.add_argument("--without", default="", help="stages that the trees lack, by commas: attn_scores,attn_softmax")
     asked = parser.parse_args()
     layer = None if asked.layer == "all" else int(asked.layer)
     with TemporaryDirectory() as root:
-        print(table(list(sweep(Path(root), asked.arch, asked.dtype, layer, asked.fault or None))))
+        lost = tuple(filter(None, asked.without.split(",")))
+        print(table(list(sweep(Path(root), asked.arch, asked.dtype, layer, asked.fault or None, lost))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""A faulty stage together with the stages just before it that its tree lacks: each of them may hold the fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jaxref.stages import STAGES, Key
+from oracle.bench import Bench
+from oracle.deviations import drift
+from oracle.engine_tree import Value
+from oracle.hypotheses import HYPOTHESES, Hypothesis, about
+from oracle.replay import Case, Replay, narrowed
+from oracle.tries import Try
+from oracle.variants import Switches
+
+Changes = dict[str, Switches]  # by stage
+_ORDER = tuple(STAGES)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One variant of a hypothesis, or of two: the switches of every stage that it changes, and how a person says it.
+
+    One that is `fitted` to the engine's rows is believed only where it leaves no more than the floor, a `generic` one
+    where no specific one fits.
+    """
+
+    name: str
+    parameter: Any
+    words: str
+    changes: Changes
+    generic: bool = False
+    fitted: bool = False
+
+
+class Chain:
+    """Where hypotheses about one faulty stage are tried, and about the missing ones that it was computed through."""
+
+    def __init__(self, replay: Replay, case: Case, engine: np.ndarray) -> None:
+        self.replay, self.case = replay, case
+        self.bench = Bench(replay, case, engine)
+
+    @cached_property
+    def missing(self) -> dict[str, Bench]:
+        """By stage, in computation order, with the right rows in place of the engine's, which nobody has."""
+        found = {}
+        for key in sorted(set(self._lacking(self.case.key)), key=lambda key: _ORDER.index(key[1])):
+            case = self.replay.case(key)
+            if isinstance(case, Case) and about(key[1]):
+                found[key[1]] = Bench(self.replay, case, self.replay.exact(case))
+        return found
+
+    def _lacking(self, key: Key) -> Iterator[Key]:
+        """The stages of this layer that the tree lacks and that lead here through none that it has."""
+        for name in STAGES[key[1]].upstream(self.replay.config, key[0]):
+            if not isinstance(name, str) and name[0] == key[0] and name not in self.replay.engine.tree.files:
+                yield from (name, *self._lacking(name))
+
+    def trials(self, known: str | None = None) -> Iterator[Trial]:
+        """Everything that could be the cause: of the stage itself, of each that is missing, and of several at once.
+
+        `known`: this hypothesis alone.
+        """
+        own, benches = self.bench.stage, {self.bench.stage: self.bench, **self.missing}
+        for stage, bench in benches.items():
+            for row in about(stage):
+                if known in (None, row.name):
+                    yield from (_trial(row, {stage: tried}, own) for tried in row.tries(bench))
+        for row in HYPOTHESES if self.missing else ():
+            here = {stage: bench for stage, bench in benches.items() if stage in row.stages}
+            if len(here) > 1 and known in (None, row.name):
+                yield from self._at_once(row, here)
+
+    def _at_once(self, row: Hypothesis, benches: dict[str, Bench]) -> Iterator[Trial]:
+        """The variants of a row that all its stages here have in common."""
+        tries = {stage: {repr(t.parameter): t for t in row.tries(bench)} for stage, bench in benches.items()}
+        for parameter in next(iter(tries.values())):
+            if all(parameter in found for found in tries.values()):
+                yield _trial(row, {stage: found[parameter] for stage, found in tries.items()}, self.bench.stage)
+
+    def run(self, changes: Changes) -> np.ndarray:
+        """The stage's rows as they follow where every stage is computed with its switches."""
+        case, instead = self.case, dict[Key, Value]()
+        for stage, switches in sorted(changes.items(), key=lambda change: _ORDER.index(change[0])):
+            if stage == self.bench.stage:
+                continue
+            key, bench = (self.case.key[0], stage), self.missing[stage]
+            if instead:
+                changed = self.replay.case(key, instead)
+                assert isinstance(changed, Case)
+                bench = Bench(self.replay, changed, bench.engine)
+            instead[key] = Value(bench.run(switches), bench.case.positions)
+        if instead:
+            through = self.replay.case(self.case.key, instead)
+            assert isinstance(through, Case)
+            case = narrowed(through, self.case.positions)
+        bench = self.bench if case is self.case else Bench(self.replay, case, self.bench.engine)
+        return bench.run(changes.get(self.bench.stage, {}))
+
+    def error(self, changes: Changes) -> float:
+        """How far the engine is from that: relative L2; infinite where it cannot be."""
+        return self.bench.apart(lambda: self.run(changes))
+
+    def drift(self, changes: Changes) -> float:
+        """The scale that is left between the engine's rows and that, less rounding's own."""
+        try:
+            return abs(drift(self.bench.engine, self.run(changes)) - self.bench.rounding_drift)
+        except (ValueError, IndexError, KeyError):
+            return float("inf")
+
+
+def _trial(row: Hypothesis, tries: dict[str, Try], own: str) -> Trial:
+    """One row's variant at some stages; of others than the stage itself the words say which."""
+    first = next(iter(tries.values()))
+    words = first.words if list(tries) == [own] else f"in {' and '.join(tries)}: {first.words}"
+    changes = {stage: tried.switches for stage, tried in tries.items()}
+    return Trial(row.name, first.parameter, words, changes, row.generic, any(t.fitted for t in tries.values()))

@@ -1,0 +1,167 @@
+"""The one hypothesis that fits a faulty stage, where no other comes near: the rule by which a cause is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from oracle.chain import Chain, Changes, Trial
+from oracle.local import DRIFT, Local
+
+# A hypothesis must leave so many times less than what was wrong, and others so many times more than it.
+GAIN, AHEAD = 4.0, 4.0
+# Of one hypothesis' parameters, one that is no more than so much worse may be the rounder one.
+ALIKE = 1.15
+# Of what could be in missing stages, so many are taken in pairs, the best ones first.
+MANY = 12
+# So many layers in which nothing in missing stages explains a stage: in the next ones it is not tried again.
+ENOUGH = 2
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A variant and what it leaves; `same` are names of others that come to the same computation here."""
+
+    trial: Trial
+    error: float
+    place: int = 0  # among all that were tried: round parameters come before exact ones
+    same: tuple[str, ...] = ()
+
+
+@dataclass
+class Memory:
+    """What earlier layers had in stages that are missing, by the stage that showed it: that is tried first."""
+
+    named: dict[str, Scored] = field(default_factory=dict)
+    in_vain: dict[str, int] = field(default_factory=dict)
+
+
+def best(chain: Chain, row: Local, memory: Memory) -> Scored | None:
+    """The one hypothesis, or pair of them, that fits where no other comes near; `memory` is kept up."""
+    stage = chain.bench.stage
+    if chain.missing and (again := _again(chain, row, memory.named.get(stage))) is not None:
+        return again
+    if memory.in_vain.get(stage, 0) >= ENOUGH:
+        chain.missing.clear()
+    found = _best(chain, row)
+    if found is not None:
+        memory.named[stage] = found
+    elif chain.missing:
+        memory.in_vain[stage] = memory.in_vain.get(stage, 0) + 1
+    return found
+
+
+def _again(chain: Chain, row: Local, before: Scored | None) -> Scored | None:
+    """What an earlier layer had, where it leaves nothing but rounding in this one too."""
+    if before is None or "+" in before.trial.name:
+        return None
+    for trial in chain.trials(before.trial.name):
+        if (trial.words, list(trial.changes)) == (before.trial.words, list(before.trial.changes)):
+            error = chain.error(trial.changes)
+            return Scored(trial, error, same=before.same) if error <= row.floor and _fits(error, row) else None
+    return None
+
+
+def _best(chain: Chain, row: Local) -> Scored | None:
+    scored = sorted(_scores(chain, row), key=lambda each: each.error)
+    if row.local <= row.limit:  # what is wrong is a scale too small to be seen in one value
+        left = [replace(each, error=chain.drift(each.trial.changes)) for each in scored if each.error <= row.limit]
+        row = replace(row, local=abs(row.drift), limit=DRIFT * row.floor, floor=DRIFT * row.floor)
+        return _winner(chain, sorted(left, key=lambda each: each.error), row)
+    if (found := _winner(chain, scored, row)) is not None:
+        return found
+    if any(_fits(each.error, row) for each in scored):
+        return None  # several fit: none is named
+    return _winner(chain, sorted(_pairs(chain, scored), key=lambda each: each.error), row)
+
+
+def _scores(chain: Chain, row: Local) -> Iterator[Scored]:
+    for place, trial in enumerate(chain.trials()):
+        error = chain.error(trial.changes)
+        # A number that was fitted to the engine's rows comes near them whatever they are.
+        if not trial.fitted or error <= row.floor:
+            yield Scored(trial, error, place)
+
+
+def _fits(error: float, row: Local) -> bool:
+    return error <= row.limit and (error * GAIN <= row.local or not math.isfinite(row.local))
+
+
+def _winner(chain: Chain, scored: list[Scored], row: Local) -> Scored | None:
+    """The best fit, specific before generic, unless one by another name is nearly as good and not the same."""
+    fitting = [each for each in scored if _fits(each.error, row)]
+    chosen = [each for each in fitting if not each.trial.generic] or fitting
+    if not chosen:
+        return None
+    best, same = chosen[0], []
+    for other in scored:
+        if other.error >= AHEAD * max(best.error, row.floor / 16):
+            break
+        if other.trial.name == best.trial.name or other.trial.generic > best.trial.generic:
+            continue
+        if not _equal(chain, best.trial, other.trial):
+            return None
+        same.append(other.trial.name)
+    alike = [each for each in chosen if each.trial.name == best.trial.name and _alike(each, best)]
+    return replace(min(alike, key=lambda each: each.place), same=tuple(dict.fromkeys(same)))
+
+
+def _alike(other: Scored, best: Scored) -> bool:
+    """Whether it is as good, or fits with nearly the same number: what is left then is the engine's way to it."""
+    ours, theirs = other.trial.parameter, best.trial.parameter
+    near = isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-4)
+    return near or other.error <= ALIKE * best.error
+
+
+def _equal(chain: Chain, first: Trial, second: Trial) -> bool:
+    a, b = chain.run(first.changes), chain.run(second.changes)
+    return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-9, atol=1e-12))
+
+
+def _pairs(chain: Chain, scored: list[Scored]) -> Iterator[Scored]:
+    """Two hypotheses at once, where they switch different things."""
+    tried = [each.trial for each in scored if not each.trial.generic]
+    for first, second in combinations(tried[:MANY] if chain.missing else tried, 2):
+        if first.name == second.name and _kinds(first) == [kinds - {"w"} for kinds in _kinds(second)]:
+            continue
+        changes = _together(first.changes, second.changes)
+        if changes is None:
+            continue
+        words = f"{first.words}; and {second.words}"
+        both = Trial(f"{first.name}+{second.name}", [first.parameter, second.parameter], words, changes)
+        yield Scored(both, chain.error(changes))
+
+
+def _kinds(trial: Trial) -> list[set[str]]:
+    return [set(switches) for switches in trial.changes.values()]
+
+
+def _together(first: Changes, second: Changes) -> Changes | None:
+    """Both at once; None where they set the same switch of the same stage."""
+    found = dict(first)
+    for stage, switches in second.items():
+        both = _merged(found.get(stage, {}), switches)
+        if both is None:
+            return None
+        found[stage] = both
+    return found
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
+    """Both sets of switches of one stage; None where they set the same one."""
+    found = dict(first)
+    for name, value in second.items():
+        if name in ("x", "w", "times") and isinstance(value, dict) and isinstance(found.get(name), dict):
+            if found[name].keys() & value.keys():
+                return None
+            found[name] = found[name] | value
+        elif name in found:
+            return None
+        else:
+            found[name] = value
+    return found
