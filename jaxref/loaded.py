@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,9 +116,8 @@ class LoadedTree(Mapping[str, LoadedLayer | Named]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; `python -m jaxref dump MODEL --output {folder}` makes one")
-        self.manifest = read_manifest(folder)
+        _check_folder(folder)
+        self.manifest = stated_by(folder)
         if self.manifest is None and (folder / UNFINISHED).exists():
             raise UserError(f"{folder}: its dump was not finished; run the same dump again")
         stated = (self.manifest or {}).get("files", [])
@@ -187,20 +187,55 @@ def load_tree(folder: str | Path) -> LoadedTree:
     return LoadedTree(Path(folder))
 
 
+def inside(folder: Path) -> list[Path]:
+    """What a folder holds, in order: nothing where it is a file or a link to nothing.
+
+    Raises `UserError` for one that cannot be read: it must not count as empty.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except (NotADirectoryError, FileNotFoundError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def stated_by(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a tree, None where there is none. Raises `UserError` as `read_manifest`, and says what to do."""
+    try:
+        return read_manifest(folder)
+    except UserError as error:
+        advice = f"if another program wrote it, move {MANIFEST} away, and the tree is read as bare files"
+        raise UserError(f"{error}; {advice}") from None
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        mode = folder.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no such folder; `python -m jaxref dump MODEL --output {folder}` makes one"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
+        raise UserError(f"{folder}: is a file, and a tree is a folder")
+
+
 def _canonical(stage: str) -> str:
     lowered = stage.strip().lower()
     return ALIASES.get(lowered, lowered)
 
 
 def _layer_folders(folder: Path) -> list[tuple[int, Path]]:
-    found = ((_LAYER.fullmatch(path.name), path) for path in folder.glob("layer-*"))
+    found = ((_LAYER.fullmatch(path.name), path) for path in inside(folder))
     return sorted((int(name[1]), path) for name, path in found if name)
 
 
 def _stage_files(folder: Path) -> dict[str, Path]:
     """Stage → file of one folder; a name that is no stage is kept as it is."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in inside(folder):
         if path.name.startswith(".") or path.suffix.removeprefix(".") not in SUFFIXES.values():
             continue
         name = _canonical(path.stem)

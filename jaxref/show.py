@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from jaxref.selection import Selection
 from jaxref.stages import DIMENSIONS, STAGES, Stage
 from jaxref.tree import stage_path
 from weights import Config, Tokenizer
+from weights.errors import printable
 
 LIKELIEST = 5
 WIDE = 100  # columns of a terminal
@@ -77,12 +79,13 @@ def print_plan(rows: list[dict[str, Any]], job: Job) -> None:
     out = console()
     out.print(table)
     files, size = sum(row["files"] for row in rows), human(sum(row["bytes"] for row in rows))
-    say(out, f"{job.checkpoint.name}, {len(job.tokens)} tokens: {files} files, {size} into {job.output}; not written.")
+    name, output = _plain(job.checkpoint.name), _plain(job.output)
+    say(out, f"{name}, {len(job.tokens)} tokens: {files} files, {size} into {output}; not written.")
 
 
-def _plain(text: str) -> str:
-    """Square brackets that are no markup."""
-    return text.replace("[", "\\[")
+def _plain(text: object) -> str:
+    """A name or a shape as it is: its square brackets are no markup, and no terminal obeys it."""
+    return escape(printable(text))
 
 
 def print_report(report: Report, job: Job, likeliest: list[dict[str, Any]], seconds: float) -> None:
@@ -92,14 +95,15 @@ def print_report(report: Report, job: Job, likeliest: list[dict[str, Any]], seco
     columns = ["stage", "shape", "layers", "min", "max", "rms", *(["file"] if out.width >= WIDE else [])]
     table = Table(*columns, box=None, pad_edge=False)
     table.columns[0].no_wrap = True
-    for name in job.selection.stages:
-        entries = [entry for entry in report.files if entry["stage"] == name]
+    for stage in job.selection.stages:
+        entries = [entry for entry in report.files if entry["stage"] == stage]
         if entries:
-            table.add_row(*_row(name, entries)[: len(columns)])
-    say(out, f"[b]{job.checkpoint.name}[/b], {job.numerics.name}, {len(job.tokens)} tokens {_tokens(job.tokens)}")
+            table.add_row(*_row(stage, entries)[: len(columns)])
+    name = _plain(job.checkpoint.name)
+    say(out, f"[b]{name}[/b], {job.numerics.name}, {len(job.tokens)} tokens {_tokens(job.tokens)}")
     out.print(table)
     say(out, f"{len(report.files)} files, {human(report.size)} written, {human(report.read)} of weights read")
-    say(out, f"{seconds:.1f} s. Manifest: {report.manifest}")
+    say(out, f"{seconds:.1f} s. Manifest: {_plain(report.manifest)}")
     if job.numerics.name == "float64" and job.form == "aprt":
         say(out, "APRT holds float32: the float64 values were rounded once. --format safetensors keeps them.")
     for entry in report.files:

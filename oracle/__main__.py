@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from jaxref.dump import Job, Progress, Report
 
 FOLDER = click.Path(path_type=Path)
-DTYPES = ["float16", "bfloat16", "float32", "float64"]
+SHORT = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64"}
+DTYPES = list(SHORT.values())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +48,8 @@ def main() -> None:
 @click.option("--accept-layout", is_flag=True, help="Do not fail where q or k lies head-major.")
 @click.option(
     "--test-dtype",
-    type=click.Choice([*DTYPES, "q8"]),
+    type=click.Choice([*DTYPES, "q8", *SHORT]),
+    callback=lambda context, option, name: SHORT.get(name, name),
     help="TEST's dtype, where its manifest does not say; q8: float32 with activations in int8 blocks.",
 )
 @click.option("--positions", help="The positions of TEST's rows, like 5,6, where its manifest does not say.")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxref.stages import STAGES, Key
 from oracle import experts
-from oracle.conventions import recognise
+from oracle.conventions import check_positions, mixed_up, of_model, recognise
 from oracle.experts import Choices
 from oracle.layouts import Misfit, Pair, View, single_position, view
 from oracle.measure import Stagewise, measure, worst_place
@@ -68,6 +68,10 @@ class _Comparer:
                 " `python -m jaxref dump`, or compare two files by `python -m oracle diff`"
             )
         self.dims = config.dims() | {"S": len(tokens)}
+        for tree in trees.values():
+            self.notes += of_model(tree, config)
+            check_positions(tree, self.dims)
+        self.notes += mixed_up(trees["reference"], trees["test"])
         self.single = {role: single_position(tree, self.dims) for role, tree in trees.items()}
         self.rules = self._rules()
         self.conventions = {role: recognise(tree) for role, tree in trees.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxref.activations import coarsest_activation
 from jaxref.stages import STAGES, Key, axis_size
-from oracle.conventions import recognise
+from oracle.conventions import check_positions, of_model, recognise
 from oracle.layouts import View, heads_of, single_position, view
 from oracle.same import stated_weights
 from oracle.trees import Tree
@@ -20,7 +21,8 @@ from weights.errors import listed
 from weights.identity import differing
 
 # As the command line names them: what the engine computes in.
-NUMERICS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8": "q8"}
+_SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8": "q8"}
+NUMERICS = _SHORT | {name: name for name in _SHORT.values()}
 # Stages whose size tells how many positions a tree holds, in the order of trust.
 _COUNTING = (
     "embedding",
@@ -75,31 +77,39 @@ class EngineTree:
         if made_of and (others := differing(checkpoint.identity(), made_of)):
             words = f"{folder} was made from other bytes of {listed(others)} than the model's"
             self.notes.append(f"weights differ: {words}")
-        self.keys = [key for key in self.tree.files if self._known(key)]
+        self.notes += of_model(self.tree, self.config)
+        self.keys = [key for key in self.tree.files if STAGES[key[1]].exists(self.config, key[0])]
+        self.notes += self._left_out()
         self.count = len(self.tokens) if self.tokens else self._count()
         self.dims: Mapping[str, int] = self.config.dims() | {"S": self.count}
+        check_positions(self.tree, self.dims)
         self._single = single_position(self.tree, self.dims)
         self._script = recognise(self.tree)
 
-    def _known(self, key: Key) -> bool:
-        layer, stage = key
-        if layer is not None and layer >= self.config.num_hidden_layers:
-            name = f"layer-{layer}/{stage}"
-            raise UserError(f"{self.tree.folder}: holds {name}, the model has {self.config.num_hidden_layers} layers")
-        if not STAGES[stage].exists(self.config, layer):
-            self.notes.append(
-                f"{stage} of {'the model' if layer is None else f'layer {layer}'} is no stage of this model"
-            )
-            return False
-        return True
+    def _left_out(self) -> Iterator[str]:
+        """Notes on the files that are not replayed."""
+        known, places = set(self.keys), defaultdict(list)
+        for layer, stage in self.tree.files:
+            if (layer, stage) not in known:
+                places[stage].append("the model" if layer is None else f"layer-{layer}")
+        for stage, where in places.items():
+            yield f"{stage} is no stage of this model in {listed(where)}"
+        if self.tree.unknown:
+            yield f"{self.tree.folder}: no stages, so not replayed: {', '.join(self.tree.unknown[:8])}"
 
     def _count(self) -> int:
         for stage in _COUNTING:
             for key in self.keys:
                 if key[1] == stage:
                     width = axis_size(STAGES[stage].axes[1], self.config.dims())
-                    return self.tree.open(key).values.size // width or 1
+                    return self._counted(self.tree.open(key).values.size // width or 1)
         raise UserError(f"{self.tree.folder}: no stage there tells the number of tokens; give --tokens or --prompt")
+
+    def _counted(self, rows: int) -> int:
+        """As many tokens as rows, if --positions does not say that there were more."""
+        if max(self.tree.asked_positions or (0,)) >= rows:
+            raise UserError(f"{self.tree.folder}: with --positions the files do not tell the prompt; give --tokens too")
+        return rows
 
     def numerics(self, asked: str | None) -> str:
         """The engine's numerics ("float32", "float16", "bfloat16", "q8"): asked for, stated, or guessed and noted."""

@@ -101,7 +101,7 @@ def _no_rows(stage: Stage, size: int, dims: Mapping[str, int], outer: int, colum
     if stage.axes[0] == "H" and size and size == outer * keys * keys:
         return f"{words}: {keys} x {keys} values a head, the reference has {count} tokens"
     if width and size == outer * count * width:
-        return f"{words}: for {count} tokens {width} values each, the reference has {columns}"
+        return f"{words}: for {count} tokens {width} values each, the reference has {columns} (another model's?)"
     return words
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from weights import Checkpoint
 
 _PATH = click.Path(path_type=Path)
+_NUMERICS = ["f32", "f16", "bf16", "q8", "float32", "float16", "bfloat16"]
 _OPTIONS = (
     click.argument("model"),
     click.argument("engine_tree", type=_PATH),
@@ -23,7 +24,7 @@ _OPTIONS = (
     click.option("--tokens-file", type=_PATH, help="A file of token ids, by blanks or commas."),
     click.option("--chat", is_flag=True, help="Apply the model's chat template to the prompt."),
     click.option("--hf", type=_PATH, help="A third tree in the engine's numerics: its local errors raise the floor."),
-    click.option("--numerics", type=click.Choice(["f32", "f16", "bf16", "q8"]), help="What the engine computes in."),
+    click.option("--numerics", type=click.Choice(_NUMERICS), help="What the engine computes in."),
     click.option("--positions", help="The positions of the tree's rows, like 5,6, where its manifest does not say."),
     click.option("--html", type=_PATH, help="Write a page to look at: one file, no network needed."),
     click.option("--json", "as_json", is_flag=True, help="JSON records on stdout, one a line, the summary last."),

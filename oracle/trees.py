@@ -13,17 +13,25 @@ import ml_dtypes
 import numpy as np
 
 from jaxref.aprt import open_aprt, open_safetensors
+from jaxref.loaded import inside, stated_by
 from jaxref.stages import STAGES, Key, stage_named
-from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest, stage_path
+from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, stage_path
 from weights import Config, UserError
-from weights.errors import brief, plain
+from weights.errors import brief, listed, plain
 from weights.extent import Extent
+from weights.files import regular
 from weights.watched import Version
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 ACTIVATIONS = (*DTYPES, "q8")
 _LAYER = re.compile(r"layer-([0-9]{1,9})")
 _FORMS = {f".{suffix}": form for form, suffix in SUFFIXES.items()}
+_PAGE = "docs/engines.md"
+_READ = f".bin (APRT, see {_PAGE}) and .safetensors of one tensor are read"
+# How files of others begin.
+_OTHERS = {b"\x93NUMPY": "a NumPy array (.npy)", b"PK\x03\x04": "a zip (.npz, .pt)", b"GGUF": "a GGUF checkpoint"}
+_FOREIGN = (".npy", ".npz", ".pt", ".pth", ".txt", ".json", ".dat", ".raw", ".f32")
+_PACKED = (".zip", ".gz", ".tgz", ".tar", ".zst", ".xz", ".bz2", ".7z")
 _SAMPLE = 1 << 16  # values of a file that are looked at to guess the dtype
 
 
@@ -44,10 +52,29 @@ def open_tensor(path: Path, version: Version | None = None) -> tuple[int | None,
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a file was expected")
     if path.suffix != ".safetensors":
-        layer, values = open_aprt(path, version)
+        try:
+            layer, values = open_aprt(path, version)
+        except UserError as error:
+            raise UserError(f"{error}{_instead(path)}") from None
         return layer, TensorFile(path, values)
     values = open_safetensors(path, version)
     return _safetensors_layer(path), TensorFile(path, values.reshape(values.size))
+
+
+def _instead(path: Path) -> str:
+    """What a file that is no APRT seems to be, and what would be right; nothing where that is not to be seen."""
+    try:
+        with regular(path).open("rb") as file:
+            head = file.read(6)
+            size = path.stat().st_size
+    except (OSError, UserError):
+        return ""
+    if head[:4] == b"APRT" or not head:
+        return ""
+    for begin, kind in _OTHERS.items():
+        if head.startswith(begin):
+            return f"; it is {kind}, and {_READ}"
+    return "" if size % 4 else f"; bare float32 need the header of 12 bytes that {_PAGE} shows"
 
 
 def _safetensors_layer(path: Path) -> int | None:
@@ -64,20 +91,25 @@ class Tree:
     """
 
     def __init__(self, folder: str | Path, role: str, positions: tuple[int, ...] | None = None) -> None:
-        self.folder, self.role, self._positions = Path(folder), role, positions
+        self.folder, self.role, self.asked_positions = Path(folder), role, positions
         if not self.folder.exists():
             raise UserError(f"{self.folder}: no such folder (the {role} tree)")
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: is a file, and the {role} tree is a folder; `oracle diff` compares files")
+            packed = self.folder.suffix in _PACKED
+            advice = "unpack it and give the folder" if packed else "`oracle diff` compares files"
+            raise UserError(f"{self.folder}: is a file, and the {role} tree is a folder; {advice}")
         if (self.folder / UNFINISHED).exists() and not (self.folder / MANIFEST).exists():
             raise UserError(f"{self.folder}: its dump was not finished; run the same dump again")
-        self.manifest = read_manifest(self.folder)
+        self.manifest = stated_by(self.folder)
+        self._check_positions()
         self.unknown: list[str] = []
         self._versions: dict[Key, Version] = {}
         self.files = self._find()
+        self._check_layers()
         if not self.files:
             known = ", ".join(f"layer-0/attn_norm.{suffix}" for suffix in SUFFIXES.values())
-            raise UserError(f"{self.folder}: holds no stage's file (like {known}), so there is nothing to compare")
+            words = f"holds no stage's file (like {known}), so there is nothing to compare"
+            raise UserError(f"{self.folder}: {words}{_seems(self.folder)}")
         self.config = self._config()
         self.tokens = self._tokens()
 
@@ -101,11 +133,29 @@ class Tree:
 
     def _paths(self) -> Iterator[tuple[int | None, Path]]:
         """What lies in the folder and in those of its layers, and in which layer."""
-        inside = _listed(self.folder)
-        yield from ((None, path) for path in inside)
-        for folder in inside:
+        there = inside(self.folder)
+        yield from ((None, path) for path in there)
+        for folder in there:
             if found := _LAYER.fullmatch(folder.name):
-                yield from ((int(found[1]), path) for path in _listed(folder))
+                yield from ((int(found[1]), path) for path in inside(folder))
+
+    def _check_positions(self) -> None:
+        """Refuse positions that are not those of the manifest."""
+        stated, tokens = ((self.manifest or {}).get(key) for key in ("positions", "tokens"))
+        if stated == "all" and tokens:
+            stated = list(range(len(tokens)))
+        asked = self.asked_positions
+        if asked is not None and isinstance(stated, list) and list(asked) != stated:
+            words = f"its manifest says positions {listed(stated, ',')}, {listed(asked, ',')} were given"
+            raise UserError(f"{self.folder}: {words}; leave --positions away")
+
+    def _check_layers(self) -> None:
+        """Refuse layers in folders of another spelling; where some are spelled right, the others are `unknown`."""
+        others = [path for path in inside(self.folder) if not _LAYER.fullmatch(path.name) and _holds_stages(path)]
+        if others and all(layer is None for layer, _ in self.files):
+            words = f"the stages of {listed(path.name for path in others[:3])} are not read"
+            raise UserError(f"{self.folder}: {words}: layers are the folders layer-0, layer-1, … in it; rename them")
+        self.unknown += [plain(path.name) for path in others]
 
     def _config(self) -> Config | None:
         stated = (self.manifest or {}).get("config")
@@ -125,8 +175,8 @@ class Tree:
     @property
     def stated_positions(self) -> tuple[int, ...] | None:
         """The positions that were written, where they were named one by one."""
-        if self._positions is not None:
-            return self._positions
+        if self.asked_positions is not None:
+            return self.asked_positions
         stated = (self.manifest or {}).get("positions")
         return tuple(stated) if isinstance(stated, list) and all(type(p) is int for p in stated) else None
 
@@ -171,14 +221,41 @@ class Tree:
         return votes.most_common(1)[0][0] if votes else "float32"
 
 
-def _listed(folder: Path) -> list[Path]:
-    """What a folder holds: nothing where it is a file. One that cannot be read must not count as empty."""
-    try:
-        return sorted(folder.iterdir())
-    except (NotADirectoryError, FileNotFoundError):  # the latter: a link to nothing
-        return []
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+def _is_stage(name: str) -> bool:
+    with suppress(UserError):
+        return bool(stage_named(name))
+    return False
+
+
+def _holds_stages(folder: Path) -> bool:
+    """Whether a folder, however it is called, holds a file of a stage and is no tree of its own."""
+    there = _quietly(folder)
+    return any(path.suffix in _FORMS and _is_stage(path.stem) for path in there) and not _is_tree(there)
+
+
+def _is_tree(there: list[Path]) -> bool:
+    return any(_LAYER.fullmatch(path.name) for path in there)
+
+
+def _seems(folder: Path) -> str:
+    """What a folder without a stage's file seems to be; nothing where that is not to be seen."""
+    there = inside(folder)
+    trees = [path for path in there if _is_tree(_quietly(path))]
+    if trees:
+        return f"; {plain(trees[0].name)} in it looks like a tree"
+    if (folder / "config.json").exists():
+        return "; it looks like a model, and `python -m jaxref dump` makes a tree of one"
+    files = there + [below for path in there if _LAYER.fullmatch(path.name) for below in _quietly(path)]
+    if others := sorted({path.suffix for path in files} & set(_FOREIGN)):
+        return f"; it holds {', '.join(others)}, and {_READ}"
+    names = [plain(path.name) for path in files if path.suffix in _FORMS]
+    return f"; there is {names[0]}, and no stage is called so" if names else ""
+
+
+def _quietly(folder: Path) -> list[Path]:
+    with suppress(UserError):
+        return inside(folder)
+    return []
 
 
 def _fits(values: np.ndarray) -> str:

@@ -35,6 +35,11 @@ def plain(said: Any) -> str:
     return text if text.isprintable() and len(text) <= LONGEST else brief(text)
 
 
+def printable(said: Any) -> str:
+    r"""A name or a text with what a terminal obeys written as `\x1b` or `\n`; the rest of it stays as it is."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(said))
+
+
 def listed(words: Iterable[Any], separator: str = ", ") -> str:
     """Words one after another; of very many the first, and how many more there are; odd ones as their `brief`."""
     found = words if isinstance(words, Sequence) else list(words)
