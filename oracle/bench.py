@@ -21,9 +21,13 @@ Pick = Callable[[Get], np.ndarray]
 
 
 class Bench:
-    """Where hypotheses about one stage of one layer are tried. All arrays are float64."""
+    """Where hypotheses about one stage of one layer are tried. All arrays are float64.
 
-    def __init__(self, replay: Replay, case: Case, engine: np.ndarray) -> None:
+    `shown`: whether `engine` are the engine's rows; of a stage that its tree lacks they are the right ones.
+    """
+
+    def __init__(self, replay: Replay, case: Case, engine: np.ndarray, *, shown: bool = True) -> None:
+        self.shown = shown
         self.replay, self.case, self.engine = replay, case, engine
         self.config, self.layer, self.stage = replay.config, case.key[0], case.stage
         self.row = STAGES[case.stage]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,7 +52,7 @@ class Chain:
         for key in sorted(set(self._lacking(self.case.key)), key=lambda key: _ORDER.index(key[1])):
             case = self.replay.case(key)
             if isinstance(case, Case) and about(key[1]):
-                found[key[1]] = Bench(self.replay, case, self.replay.exact(case))
+                found[key[1]] = Bench(self.replay, case, self.replay.exact(case), shown=False)
         return found
 
     def _lacking(self, key: Key) -> Iterator[Key]:
@@ -72,16 +72,16 @@ class Chain:
                 if known in (None, row.name):
                     yield from (_trial(row, {stage: tried}, own) for tried in row.tries(bench))
         for row in HYPOTHESES if self.missing else ():
-            here = {stage: bench for stage, bench in benches.items() if stage in row.stages}
-            if len(here) > 1 and known in (None, row.name):
-                yield from self._at_once(row, here)
+            if known in (None, row.name):
+                for stages in _groups([stage for stage in benches if stage in row.stages]):
+                    yield from self._at_once(row, {stage: benches[stage] for stage in stages})
 
     def _at_once(self, row: Hypothesis, benches: dict[str, Bench]) -> Iterator[Trial]:
-        """The variants of a row that all its stages here have in common."""
-        tries = {stage: {repr(t.parameter): t for t in row.tries(bench)} for stage, bench in benches.items()}
-        for parameter in next(iter(tries.values())):
-            if all(parameter in found for found in tries.values()):
-                yield _trial(row, {stage: found[parameter] for stage, found in tries.items()}, self.bench.stage)
+        """The variants of a row that several stages have in common."""
+        tries = {stage: _by_what_they_share(row.tries(bench)) for stage, bench in benches.items()}
+        for shared in next(iter(tries.values())):
+            if all(shared in found for found in tries.values()):
+                yield _trial(row, {stage: found[shared] for stage, found in tries.items()}, self.bench.stage)
 
     def run(self, changes: Changes) -> np.ndarray:
         """The stage's rows as they follow where every stage is computed with its switches."""
@@ -93,7 +93,7 @@ class Chain:
             if instead:
                 changed = self.replay.case(key, instead)
                 assert isinstance(changed, Case)
-                bench = Bench(self.replay, changed, bench.engine)
+                bench = Bench(self.replay, changed, bench.engine, shown=False)
             instead[key] = Value(bench.run(switches), bench.case.positions)
         if instead:
             through = self.replay.case(self.case.key, instead)
@@ -120,3 +120,39 @@ def _trial(row: Hypothesis, tries: dict[str, Try], own: str) -> Trial:
     words = first.words if list(tries) == [own] else f"in {' and '.join(tries)}: {first.words}"
     changes = {stage: tried.switches for stage, tried in tries.items()}
     return Trial(row.name, first.parameter, words, changes, row.generic, any(t.fitted for t in tries.values()))
+
+
+def _groups(stages: list[str]) -> list[list[str]]:
+    """The stages that may be wrong together: all, and those of one function, as the two head norms are."""
+    kinds = {
+        STAGES[stage].function: [s for s in stages if STAGES[s].function is STAGES[stage].function] for stage in stages
+    }
+    groups = [stages, *(kind for kind in kinds.values() if kind != stages)]
+    return [group for group in groups if len(group) > 1]
+
+
+def _by_what_they_share(tries: Iterable[Try]) -> dict[str, Try]:
+    """Variants by their parameter, or by what joins them: the matrices of one other layer are one variant."""
+    found: dict[str, Try] = {}
+    for tried in tries:
+        key = repr(tried.parameter if tried.together is None else tried.together)
+        if key not in found:
+            found[key] = tried
+        elif tried.together is not None and (both := merged(found[key].switches, tried.switches)) is not None:
+            found[key] = replace(found[key], switches=both)
+    return found
+
+
+def merged(first: Switches, second: Switches) -> Switches | None:
+    """Both sets of switches of one stage; None where they set the same one."""
+    found = dict(first)
+    for name, value in second.items():
+        if name in ("x", "w", "times") and isinstance(value, dict) and isinstance(found.get(name), dict):
+            if found[name].keys() & value.keys():
+                return None
+            found[name] = found[name] | value
+        elif name in found:
+            return None
+        else:
+            found[name] = value
+    return found

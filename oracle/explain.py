@@ -113,7 +113,7 @@ def _merged(causes: list[Cause]) -> list[Cause]:
     groups: dict[tuple[str, str, str], list[Cause]] = {}
     for cause in causes:
         e = cause.explanation
-        key = (cause.stage, e.hypothesis if e else "", repr(e.parameter) if e else "")
+        key = (cause.stage, e.hypothesis if e else "", _about(e.parameter) if e else "")
         groups.setdefault(key, []).append(cause)
     found = []
     for group in groups.values():
@@ -121,3 +121,8 @@ def _merged(causes: list[Cause]) -> list[Cause]:
         first = max(group, key=lambda cause: cause.explanation.residual if cause.explanation else 0.0)
         found.append(Cause(first.stage, layers, first.explanation, group[0].hint))
     return found
+
+
+def _about(parameter: Any) -> str:
+    """A parameter by which layers go together: what was fitted to each differs in its last digits."""
+    return f"{parameter:.3g}" if isinstance(parameter, float) else repr(parameter)

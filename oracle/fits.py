@@ -9,8 +9,10 @@ import numpy as np
 
 from jaxref.rope import inverse_frequencies
 from oracle.bench import Bench
+from oracle.deviations import visible
 from weights.config import RopeScaling
 
+STRETCHES = (2.0, 4.0, 8.0, 16.0, 32.0)
 THETAS = (1e4, 1e6, 5e5, 1e7, 1e5)
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-2, 0.0)
 
@@ -61,7 +63,10 @@ def thetas(bench: Bench) -> Iterator[float]:
 
 
 def stretches(bench: Bench) -> Iterator[float]:
-    """One factor between all angles and those that should be."""
+    """One factor between all angles and those that should be; where they are not shown, those that people use."""
+    if not bench.shown:
+        yield from STRETCHES
+        return
     found = _angles(bench)
     if found is None:
         return
@@ -72,8 +77,27 @@ def stretches(bench: Bench) -> Iterator[float]:
         return
     factor = float(np.median(wanted[keep] / angles[keep]))
     for value in dict.fromkeys((rounded(factor, 2), factor)):
-        if value > 0 and abs(value - 1) > 1e-3:
+        if value > 0 and min(abs(value - 1), abs(value - 0.5)) > 1e-3:  # a half is RoPE applied twice
             yield value
+
+
+def offsets(bench: Bench) -> np.ndarray | None:
+    """By how much each row's position is off [S], where whole numbers say it; None where no row tells.
+
+    The slowest pair tells a position roughly and has not gone round; each faster one tells it better.
+    """
+    s, h = bench.settings, bench.config.head_dim
+    x = bench.x[0][:, s["start"] : s["start"] + s["heads"] * h].reshape(len(bench.engine), -1, 2, h // 2)
+    y = bench.engine.reshape(x.shape)
+    turns = ((y[:, :, 0] + 1j * y[:, :, 1]) * (x[:, :, 0] - 1j * x[:, :, 1])).sum(axis=1)
+    position = np.zeros(len(x))
+    for angle, frequency in zip(np.angle(turns).T[::-1], frequencies(bench, s["scaling"])[::-1], strict=True):
+        rounds = np.round((position * frequency - angle) / (2 * math.pi))
+        position = (angle + 2 * math.pi * rounds) / frequency
+    if not np.isfinite(position).all() or np.abs(position - np.round(position)).max() > 0.1:
+        return None
+    found = np.round(position).astype(int) - np.asarray(bench.case.positions)
+    return found if found.any() else None
 
 
 def epsilons(bench: Bench) -> Iterator[float]:
@@ -93,7 +117,13 @@ def epsilons(bench: Bench) -> Iterator[float]:
 
 
 def windows(bench: Bench) -> Iterator[int]:
-    """How many keys the last query gives any weight to."""
+    """How many keys the last query gives any weight to; where that is not shown, any few, and powers of two."""
+    if not bench.shown:
+        last = bench.case.positions[-1]
+        yield from (
+            w for w in (*range(1, 16), *(2**n for n in range(4, 17))) if w <= last and w != bench.settings["window"]
+        )
+        return
     seen: np.ndarray = np.abs(bench.engine[:, -1, :]).max(axis=0) > 0
     last = bench.case.positions[-1]
     window = last + 1 - int(seen[: last + 1].argmax()) if seen.any() else 0
@@ -104,6 +134,9 @@ def windows(bench: Bench) -> Iterator[int]:
 def factors(bench: Bench) -> Iterator[float]:
     """The scale between the engine's output and the right one; square roots of the width are taken as such."""
     exact = bench.run({})
+    if exact.shape != bench.engine.shape:
+        return
+    exact = np.where(visible(bench.stage, exact, bench.case.positions), exact, 0.0)
     with np.errstate(all="ignore"):
         factor = float((exact * bench.engine).sum() / np.square(exact).sum())
     if not math.isfinite(factor) or factor == 0 or abs(factor - 1) < 1e-4:
@@ -136,3 +169,20 @@ def head_orders(bench: Bench) -> Iterator[tuple[str, np.ndarray]]:
         order = apart.argmin(axis=1)
         if len(set(order.tolist())) == heads and not np.array_equal(order, np.arange(heads)):
             yield field, order
+
+
+def heats(bench: Bench) -> Iterator[float]:
+    """What the scores were multiplied with before the softmax: the slope of its logarithm against them."""
+    p, s = bench.engine, bench.x[0]
+    with np.errstate(all="ignore"):
+        logs = np.log(p)
+    weight = np.where((p > 1e-4) & np.isfinite(logs), p, 0.0)
+    total = np.maximum(weight.sum(axis=-1, keepdims=True), 1e-30)
+    logs = np.where(weight > 0, logs, 0.0)
+    s, logs = (v - (weight * v).sum(axis=-1, keepdims=True) / total for v in (np.where(weight > 0, s, 0.0), logs))
+    size = float((weight * np.square(s)).sum())
+    factor = float((weight * s * logs).sum()) / size if size else 1.0
+    root = math.sqrt(bench.config.head_dim)
+    nice = [1 / root, root, rounded(factor, 2), rounded(factor, 3)]
+    if factor > 0 and abs(factor - 1) > 1e-3:
+        yield from dict.fromkeys((*(value for value in nice if abs(value / factor - 1) < 1e-2), factor))

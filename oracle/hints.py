@@ -55,10 +55,10 @@ def _kind(engine: np.ndarray, exact: np.ndarray) -> str:
         return f"saturation at {limit:.6g}" + (" (float16's greatest)" if limit == HALF_MAX else "")
     with np.errstate(all="ignore"):
         ratio, offset = e / x, e - x
-    if len(e) > 1 and np.std(ratio) < 1e-3 * abs(np.mean(ratio)):
-        return f"a scale of {np.mean(ratio):.6g}"
-    if len(e) > 1 and np.std(offset) < 1e-2 * abs(np.mean(offset)):
-        return f"an offset of {np.mean(offset):.6g}"
+        if len(e) > 1 and np.std(ratio) < 1e-3 * abs(np.mean(ratio)):
+            return f"a scale of {np.mean(ratio):.6g}"
+        if len(e) > 1 and np.std(offset) < 1e-2 * abs(np.mean(offset)):
+            return f"an offset of {np.mean(offset):.6g}"
     if len(e) > 8 and np.allclose(np.sort(engine), np.sort(exact), rtol=1e-3, atol=1e-6 * np.abs(exact).max()):
         return "the right values in another order"
     return f"no plain scale, offset or order: noise-like, correlation {np.corrcoef(engine, exact)[0, 1]:.4f}"

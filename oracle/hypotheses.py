@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from oracle import tries
+from jaxref.stages import STAGES
+from oracle import tries, tries_inputs
 from oracle import tries_attention as attention
+from oracle import tries_bias as biases
+from oracle import tries_experts as experts
+from oracle import tries_rounded as bits
 from oracle.tries import each, switch
 
 
@@ -29,14 +34,16 @@ OUTS = ("ffn_out", "moe_expert_out")
 PRODUCTS = ("attn_out", *GATES, *UPS, *OUTS, "moe_router_logits")
 MATRICES = ("qkv_matmul", *PRODUCTS)
 RESIDUALS = ("post_attn_residual", "post_ffn_residual")
-ACTIVATED = ("ffn_silu", "moe_expert_swigl")
-OFFSETS = (1, -1, 2, -2, 3, -3, 4, -4)
+ACTIVATED, GATED = ("ffn_silu", "moe_expert_swigl"), ("ffn_swigl", "moe_expert_swigl")
+SCORED = ("attn_scores", "attn_softmax")
+READERS = tuple(name for name in STAGES if name not in ("embedding", "attn_softmax", "moe_router_indices"))
 SWAPPED = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
 
 HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("embedding_scaled", ("embedding",), tries.times),
     Hypothesis("embedding_shifted", ("embedding",), tries.shifted),
+    Hypothesis("embedding_tokens", ("embedding",), tries_inputs.tokens),
     Hypothesis("norm_eps", NORMS + HEAD_NORMS, tries.eps, generic=True),
     Hypothesis(
         "eps_outside",
@@ -49,20 +56,32 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         switch("eps is added to the reciprocal root: x · (1/√mean(x²) + eps)", "reciprocal", outside="reciprocal"),
     ),
     Hypothesis("layer_norm", NORMS + HEAD_NORMS, switch("LayerNorm: the mean is subtracted", centre=True)),
-    Hypothesis("norm_weight_missing", NORMS, switch("its weight is not applied", unweighted=True)),
+    Hypothesis("norm_sum", NORMS + HEAD_NORMS, switch("the sum of squares in place of their mean", size="sum")),
+    Hypothesis(
+        "norm_absolute",
+        NORMS + HEAD_NORMS,
+        switch("the mean absolute value in place of the root of the mean square", size="absolute"),
+    ),
+    Hypothesis("norm_weight_missing", NORMS + HEAD_NORMS, switch("its weight is not applied", power=0)),
+    Hypothesis("norm_weight_twice", NORMS + HEAD_NORMS, switch("its weight is applied twice", power=2)),
     Hypothesis("norm_weight_other", ("attn_norm", "ffn_norm"), tries.other_norm),
-    Hypothesis("norm_weight_neighbour", ("attn_norm", "ffn_norm"), tries.neighbour),
+    Hypothesis("norm_weight_neighbour", ("attn_norm", "ffn_norm", *HEAD_NORMS), tries.neighbour),
     Hypothesis("norm_one_plus_w", NORMS + HEAD_NORMS, switch("the weight is 1 + w, as in Gemma", plus_one=True)),
     Hypothesis("norm_missing", ("attn_norm", "ffn_norm"), switch("the hidden state is not normed", skip=True)),
     Hypothesis("final_norm_missing", ("final_norm",), switch("the hidden state is not normed", skip=True)),
     Hypothesis("final_norm_missing", ("lm_head",), tries.unnormed),
     Hypothesis("head_norm_missing", HEAD_NORMS, switch("there is no norm of heads", skip=True)),
     Hypothesis("head_norm_row", HEAD_NORMS, switch("the norm is over the whole row, not over each head", row=True)),
+    Hypothesis("head_norm_halves", HEAD_NORMS, switch("the norm is over each half of a head", halves=True)),
     Hypothesis("head_norm_swapped", HEAD_NORMS, tries.other_norm),
     Hypothesis("qkv_order", ("qkv_matmul",), tries.order),
     Hypothesis("bias_missing", ("qkv_bias",), lambda bench: tries.bias(bench, 0)),
     Hypothesis("bias_q_only", ("qkv_bias",), switch("only q gets its bias", times={"k": 0, "v": 0})),
     Hypothesis("bias_doubled", ("qkv_bias",), lambda bench: tries.bias(bench, 2)),
+    Hypothesis("bias_sign", ("qkv_bias",), lambda bench: tries.bias(bench, -1)),
+    Hypothesis("bias_exchanged", ("qkv_bias",), biases.exchanged),
+    Hypothesis("bias_permuted", ("qkv_bias",), biases.permuted),
+    Hypothesis("bias_neighbour", ("qkv_bias",), biases.neighbour),
     Hypothesis("weight_transposed", (*MATRICES, "lm_head"), tries.transposed),
     Hypothesis("weight_permuted", ("qkv_matmul",), tries.permuted),
     Hypothesis("weight_neighbour", MATRICES, tries.neighbour),
@@ -72,7 +91,8 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         "rope_interleaved", ROPE, switch("neighbours are rotated, not dimension i with i + h/2", interleaved=True)
     ),
     Hypothesis("rope_theta", ROPE, attention.theta),
-    Hypothesis("rope_positions", ROPE, each("positions are off by {:+d}", "offset", *OFFSETS)),
+    Hypothesis("rope_positions", ROPE, attention.positions),
+    Hypothesis("rope_doubled", ROPE, attention.doubled),
     Hypothesis("rope_reversed", ROPE, switch("it is rotated the other way round", sign=-1)),
     Hypothesis("rope_before_norm", ROPE, attention.before_norm),
     Hypothesis("rope_linear", ROPE, attention.stretch),
@@ -82,11 +102,13 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("rope_half_tables", ROPE, switch("cos and sin are rounded to float16", tables=np.float16)),
     *(
         Hypothesis(name, ("attn_scores",), attention.scale(name))
-        for name in ("scores_unscaled", "scores_model_dim", "scores_head_dim")
+        for name in ("scores_unscaled", "scores_model_dim", "scores_head_dim", "scores_hidden_dim")
     ),
+    Hypothesis("scores_capped", SCORED, each("scores are capped at {:g} by tanh", "cap", 50.0, 30.0, 20.0)),
+    Hypothesis("scores_scaled", ("attn_scores",), tries.times, generic=True),
     *(
         Hypothesis(f"kv_heads_{kind}", ("attn_scores",), attention.kv_map(kind))
-        for kind in ("modulo", "reversed", "first")
+        for kind in ("modulo", "reversed", "first", "next", "previous")
     ),
     Hypothesis("mask_missing", ("attn_softmax",), switch("there is no causal mask", unmasked=True)),
     Hypothesis("mask_strict", ("attn_softmax",), switch("a query does not see itself", nearest=1)),
@@ -98,10 +120,15 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         switch("it sums to one over queries, not keys", over_queries=True),
     ),
     Hypothesis("softmax_masked_after", ("attn_softmax",), switch("it is masked after normalising", masked_after=True)),
+    Hypothesis("softmax_base", ("attn_softmax",), switch("powers of 2 in place of e", heat=math.log(2))),
+    Hypothesis("softmax_undivided", ("attn_softmax",), switch("it is not divided by its sum", undivided=True)),
+    Hypothesis("softmax_mean", ("attn_softmax",), switch("all keys have the same weight", heat=0.0)),
+    Hypothesis("softmax_temperature", ("attn_softmax",), attention.heat, generic=True),
     *(
         Hypothesis(f"v_heads_{kind}", ("attention",), attention.kv_map(kind))
-        for kind in ("modulo", "reversed", "first")
+        for kind in ("modulo", "reversed", "first", "next", "previous")
     ),
+    Hypothesis("attention_unmerged", ("attention",), switch("[H, S, h] is taken for [S, H·h]", unmerged=True)),
     Hypothesis("o_proj_head_order", ("attn_out",), tries.head_order),
     Hypothesis("o_proj_bias", ("attn_out",), tries.same_for_all, generic=True),
     Hypothesis("residual_missing", RESIDUALS, switch("the hidden state is not added", first=0)),
@@ -114,16 +141,21 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("gelu_erf", ACTIVATED, switch("GELU (erf) in place of SiLU", activation="gelu_erf")),
     Hypothesis("silu_missing", ACTIVATED, switch("there is no activation", activation="none")),
     Hypothesis("silu_missing", ACTIVATED, switch("ReLU in place of SiLU", "relu", activation="relu")),
-    Hypothesis("silu_on_product", ("ffn_swigl", "moe_expert_swigl"), tries.on_product),
-    Hypothesis("gate_up_swapped", ("moe_expert_swigl",), switch("silu(up)·gate", "activation", exchanged=True)),
-    Hypothesis("router_not_renormalised", ("moe_router",), tries.renormalise(False)),
-    Hypothesis("router_renormalised", ("moe_router",), tries.renormalise(True)),
-    Hypothesis("router_count", ("moe_router",), tries.count),
+    Hypothesis("gelu_quick", ACTIVATED, switch("x·sigmoid(1.702x) in place of SiLU", activation="gelu_quick")),
+    Hypothesis("silu_missing", ACTIVATED, switch("sigmoid in place of SiLU", "sigmoid", activation="sigmoid")),
+    Hypothesis("silu_missing", ACTIVATED, switch("ReLU² in place of SiLU", "relu_squared", activation="relu_squared")),
+    Hypothesis("silu_on_both", GATED, switch("silu(gate)·silu(up) in place of silu(gate)·up", both=True)),
+    Hypothesis("silu_on_product", GATED, tries.on_product),
+    Hypothesis("silu_on_up", ("ffn_silu", "ffn_swigl"), tries.exchanged_gate),
+    Hypothesis("silu_on_up", ("moe_expert_swigl",), switch("silu(up)·gate in place of silu(gate)·up", exchanged=True)),
+    Hypothesis("router_not_renormalised", ("moe_router",), experts.renormalise(False)),
+    Hypothesis("router_renormalised", ("moe_router",), experts.renormalise(True)),
+    Hypothesis("router_count", ("moe_router",), experts.count),
     Hypothesis("router_sigmoid", ("moe_router",), switch("sigmoid in place of softmax", kind="sigmoid")),
     Hypothesis("router_softmax_after", ("moe_router",), switch("the softmax is over the chosen alone", kind="after")),
     Hypothesis("router_half", ("moe_router_logits",), switch("logits are rounded to float16", stored=np.float16)),
     Hypothesis("router_half", ("moe_router",), switch("logits are rounded to float16", logits=np.float16)),
-    Hypothesis("experts_off_by_one", ("moe_expert_gate", "moe_expert_up", "moe_expert_out"), tries.shift_experts),
+    Hypothesis("experts_off_by_one", ("moe_expert_gate", "moe_expert_up", "moe_expert_out"), experts.shift_experts),
     Hypothesis(
         "expert_gate_up_swapped",
         ("moe_expert_gate", "moe_expert_up"),
@@ -136,11 +168,17 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         ("moe_ffn_out",),
         switch("the weights go to the experts in reversed order", backwards=True),
     ),
-    Hypothesis("moe_expert_lost", ("moe_ffn_out",), tries.lost),
+    Hypothesis("moe_weights_order", ("moe_ffn_out",), experts.rolled),
+    Hypothesis("moe_expert_lost", ("moe_ffn_out",), experts.lost),
     Hypothesis("head_tied", ("lm_head",), tries.tied),
     Hypothesis("logits_scaled", ("lm_head",), tries.times, generic=True),
     Hypothesis("logits_capped", ("lm_head",), each("capped at {:g} by tanh", "cap", 30.0, 50.0, 20.0, 15.0)),
-    Hypothesis("scaled", (*PRODUCTS,), tries.times, generic=True),
+    Hypothesis("scaled", (*PRODUCTS, "moe_router", "moe_ffn_out"), tries.times, generic=True),
+    Hypothesis("input_other", READERS, tries_inputs.other),
+    Hypothesis("kv_cache_rounded", ("attn_scores", "attention"), bits.cached),
+    Hypothesis("kv_cache_rounded", ("k_post_rope",), bits.int8_result),
+    Hypothesis("weight_rounded", (*MATRICES, *NORMS, *HEAD_NORMS), bits.weights),
+    Hypothesis("stored_half", tuple(name for name in STAGES if name != "moe_router_indices"), bits.stored),
 )
 
 

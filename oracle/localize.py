@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxref.model import Pieces, Place, Routing, decoder_layer, head_rows
+from jaxref.model import head_rows
 from jaxref.reader import Reader
-from jaxref.stages import STAGES, Key
+from jaxref.stages import Key
 from oracle import routing
 from oracle.deviations import distance, worst
 from oracle.dumps import Dumps
 from oracle.engine_tree import EngineTree, Value
 from oracle.floor import MARGIN, ROPE, noise
 from oracle.judge import judged
-from oracle.local import NO_TOKENS, Found, Local
+from oracle.local import NO_TOKENS, TELLS, Found, Local
 from oracle.measure import LAYOUT_GAIN
 from oracle.replay import EXACT, INDICES, Case, Replay, Unknown, Whole, narrowed, rows_at
 from oracle.trees import ordered
+from oracle.truth import Truth
 from oracle.yardstick import Yardstick
 from weights import Checkpoint, UserError
 
@@ -66,8 +67,7 @@ class _Job:
         self.yardstick: Yardstick | None = None
         self.locals: list[Local] = []
         self.unknown: dict[Key, str] = {}
-        self._errors: dict[Key, float] = {}
-        self._hidden: Any = None
+        self.told: list[str] = []
         self._head_major: set[str] = set()
 
     def run(self, progress: Callable[[int], None]) -> Found:
@@ -76,34 +76,44 @@ class _Job:
         whole = any(key[0] is None for key in keys)
         layers = range(self.engine.config.num_hidden_layers if whole and self._chains() else deepest + 1)
         with EXACT.context(), Reader(self.engine.checkpoint, EXACT, None, lambda text: None) as reader:
-            if self.engine.tokens is not None:
-                self._hidden = reader.embed(self.engine.tokens)
+            self.truth = Truth(self.replay, reader)
             for layer, params in enumerate(reader.ahead(partial(reader.layer, i) for i in layers)):
-                self._layer(layer, params, [key for key in keys if key[0] == layer], reader)
+                self._layer(layer, params, [key for key in keys if key[0] == layer])
                 del params
                 progress(layer)
             if whole:
                 reader.forget()
                 self._whole([key for key in keys if key[0] is None], reader)
         notes = self.engine.notes + [f"{stage} lies head-major, and was read so" for stage in sorted(self._head_major)]
-        notes += self.yardstick.notes() if self.yardstick is not None else ()
+        notes += [*self.told, *(self.yardstick.notes() if self.yardstick is not None else ())]
         return Found(self.engine, self.numerics, self.locals, self.unknown, notes)
 
     def _chains(self) -> bool:
         """Whether the last hidden state is missing, so that it has to be computed."""
         return (self.engine.config.num_hidden_layers - 1, "post_ffn_residual") not in self.engine.tree.files
 
-    def _layer(self, layer: int, params: Any, keys: list[Key], reader: Reader) -> None:
+    def _layer(self, layer: int, params: Any, keys: list[Key]) -> None:
         if layer == 0:
             self._embedding(params, [key for key in keys if key[1] == "embedding"])
         self._enter(layer, params)
-        reference = self._reference(layer, params, reader)
+        told, reference = self._before(layer), self.truth.layer(layer, params)
         for key in keys:
-            if key[1] != "embedding":
+            if key[1] == "post_attn_residual" and told:
+                self.unknown[key] = TELLS
+            elif key[1] != "embedding":
                 self._stage(key, reference.get(key[1]))
         # The next layer may have to begin here.
         if (layer, "post_ffn_residual") not in self.engine.tree.files:
             self.replay.value((layer, "post_ffn_residual"))
+
+    def _before(self, layer: int) -> bool:
+        """Whether the hidden state before a layer is told by the sum after it alone; a note says how right it is."""
+        key = (layer - 1, "post_ffn_residual") if layer else (0, "embedding")
+        found = self.replay.told_after(key)
+        if found is not None and (error := self.truth.before(key, found)) is not None:
+            words = f"before layer {layer} is {error:.2g} from the truth (post_attn_residual less attn_out)"
+            self.told.append(f"the hidden state {words}")
+        return found is not None
 
     def _enter(self, layer: int | None, params: Any) -> None:
         self.replay.enter(layer, params)
@@ -132,30 +142,11 @@ class _Job:
             self.replay.enter(0, layer)
             self.replay.remember((0, "embedding"), Value(rows, case.positions, ("embedding",)))
 
-    def _reference(self, layer: int, params: Any, reader: Reader) -> dict[str, np.ndarray]:
-        """Every stage of the truth, where the tokens are known."""
-        if self._hidden is None:
-            return {}
-        count, found = self.engine.count, {}
-        experts = Routing(partial(_experts, self.replay, layer), np.arange(count))
-        pieces = decoder_layer(
-            params, self._hidden, jnp.arange(count), Place(self.engine.config, layer, EXACT), experts
-        )
-        self._hidden = _collect(pieces, found)
-        return {
-            stage: np.concatenate(parts, axis=1 if stage.startswith("attn_s") else 0) for stage, parts in found.items()
-        }
-
     def _whole(self, keys: list[Key], reader: Reader) -> None:
         checkpoint = self.engine.checkpoint
         norm = jnp.asarray(np.asarray(checkpoint.norm(), np.float64))
         self._enter(None, Whole(norm=norm))
-        truth = None
-        if self._hidden is not None:
-            case = Case(
-                (None, "final_norm"), (np.asarray(self._hidden),), tuple(range(self.engine.count)), Whole(norm=norm)
-            )
-            truth = self.replay.exact(case)
+        truth = self.truth.final_norm(norm)
         for key in (key for key in keys if key[1] == "final_norm"):
             self._stage(key, truth)
         if (None, "lm_head") in keys:
@@ -236,13 +227,10 @@ class _Job:
         key, at, stage = case.key, case.positions, case.stage
         row = judged(case, engine, exact, emulated, self.engine.dims, self.numerics)
         accumulated = None
-        if truth is not None:
-            rows = truth if truth.shape == exact.shape else np.take(truth, list(at), axis=STAGES[stage].row_axis)
-            # An error over the finite values alone would tell nothing of the others.
-            if rows.shape == engine.shape and not row.bad and not row.tainted:
-                accumulated = self._errors[key] = distance(stage, engine, rows, at)
-        inherited = [self._errors[k] for k in STAGES[stage].upstream(self.engine.config, key[0]) if k in self._errors]
-        row = replace(row, accumulated=accumulated, inherited=max(inherited, default=None))
+        # An error over the finite values alone would tell nothing of the others.
+        if truth is not None and not row.bad and not row.tainted:
+            accumulated = self.truth.accumulated(key, engine, truth, at)
+        row = replace(row, accumulated=accumulated, inherited=self.truth.inherited(key))
         return replace(row, where=worst(stage, engine, exact, at, self.engine.dims, row.limit)) if row.faulty else row
 
     def _settled(self, row: Local, case: Case, engine: np.ndarray) -> Local:
@@ -278,16 +266,3 @@ class _Job:
             self.dumps.remember(case, exact)
         if row.faulty and self.visit is not None:
             self.visit(self.replay, case, row, engine)
-
-
-def _experts(replay: Replay, layer: int, ids: list[int]) -> Iterator[Any]:
-    return (replay.expert(layer, number) for number in ids)
-
-
-def _collect(pieces: Pieces, found: dict[str, list[np.ndarray]]) -> Any:
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            return end.value
-        found.setdefault(piece.stage, []).append(np.asarray(piece.value, np.float64))

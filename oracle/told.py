@@ -16,6 +16,7 @@ from oracle.explain import MISREAD, Cause, Explained
 from oracle.floor import MARGIN
 from oracle.local import Fault, Found, Local
 from oracle.metrics import jsonable
+from oracle.output import legible
 from oracle.report import SHORT, WIDTH
 from oracle.sentence import many
 from oracle.trees import path_of
@@ -28,7 +29,9 @@ def print_told(told: Explained) -> None:
     """The map, a block a fault, and the sentence, at 80 columns or as wide as the terminal is."""
     out = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     found = told.found
-    out.print(Text(f"engine {found.engine.tree.folder}, replayed in float64; its numerics: {found.numerics}"))
+    out.print(
+        Text(f"engine {legible(str(found.engine.tree.folder))}, replayed in float64; its numerics: {found.numerics}")
+    )
     out.print()
     for line in _map(found):
         out.print(line, soft_wrap=True)
@@ -44,7 +47,7 @@ def print_told(told: Explained) -> None:
 
 def _wrapped(out: Console, line: str, indent: int) -> None:
     options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    words = textwrap.wrap(line, out.width, subsequent_indent=" " * indent, **options)
+    words = textwrap.wrap(legible(line), out.width, subsequent_indent=" " * indent, **options)
     out.print(Text("\n".join(words), overflow="ignore", no_wrap=True))
 
 
@@ -124,7 +127,7 @@ def _block(fault: Fault, found: Found, causes: list[Cause]) -> Iterator[str]:
     if worst.where:
         yield f"  worst     {where_in_words(worst.where)}"
     if worst.through:
-        yield f"  through   {', '.join(worst.through)}: missing in the tree, computed"
+        yield f"  through   {_through(worst)}"
     misread = found.misread(worst)
     if not causes and (worst.wrong or misread):
         yield f"  wrong     {misread.words if misread else worst.wrong}"
@@ -137,6 +140,19 @@ def _block(fault: Fault, found: Found, causes: list[Cause]) -> Iterator[str]:
         yield f"  because   {cause.explanation.hypothesis}: {cause.explanation.text}{same}{at}"
         place = "there" if cause.explanation.hypothesis == MISREAD else "with it"
         yield f"            {place} {cause.explanation.residual:.2g} is left"
+
+
+def _through(row: Local) -> str:
+    """What was computed on the way, the layers before in a word."""
+    here, before = list[str](), set[int]()
+    for name in row.through:
+        folder, _, stage = name.rpartition("/")
+        if folder in ("", f"layer-{row.key[0]}"):
+            here.append(stage)
+        else:
+            before.add(int(folder.removeprefix("layer-")))
+    parts = [", ".join(here), f"stages of {layers_in_words(sorted(before), -1)}" if before else ""]
+    return f"{' and '.join(filter(None, parts))}: missing in the tree, computed; the fault may be there"
 
 
 def _came_in(row: Local) -> str:

@@ -17,13 +17,15 @@ from oracle.variants import Switches
 class Try:
     """One variant of a hypothesis: its parameter, the switches, and how a person says it.
 
-    One that is `fitted` to the engine's rows is believed only where it leaves no more than the floor.
+    One that is `fitted` to the engine's rows is believed only where it leaves no more than the floor. At several stages
+    at once those are tried that agree in `together`, by default the parameter.
     """
 
     parameter: Any
     switches: Switches
     words: str
     fitted: bool = False
+    together: Any = None
 
 
 Tries = Callable[[Bench], Iterable[Try]]
@@ -59,7 +61,8 @@ def eps(bench: Bench) -> Iterator[Try]:
 def other_norm(bench: Bench) -> Iterator[Try]:
     """The weight of the layer's other norm, or of the other head norm."""
     field = _OTHER[bench.stage]
-    yield Try(field, {"w": {bench.row.params[0]: lambda get: get(field)}}, f"the weight of {field} in its place")
+    words, switches = f"the weight of {field} in its place", {"w": {bench.row.params[0]: lambda get: get(field)}}
+    yield Try(field, switches, words, together="other")
 
 
 def neighbour(bench: Bench) -> Iterator[Try]:
@@ -73,7 +76,8 @@ def neighbour(bench: Bench) -> Iterator[Try]:
         for field in bench.row.params:
             if bench.has(field, layer):
                 pick: Pick = lambda get, field=field, layer=layer: get(field, layer)  # noqa: E731
-                yield Try(field, {"w": {field: pick}}, f"{field} of layer {layer} in place of layer {bench.layer}")
+                words = f"{field} of layer {layer} in place of layer {bench.layer}"
+                yield Try(field, {"w": {field: pick}}, words, together=layer)
 
 
 # --- projections
@@ -88,7 +92,8 @@ def order(bench: Bench) -> Iterator[Try]:
 def bias(bench: Bench, times: int) -> Iterator[Try]:
     """The bias of some parts, added `times` times."""
     for parts in ("qkv", "q", "k", "v", "qk", "qv"):
-        words = f"the bias of {', '.join(parts)} is {'missing' if times == 0 else 'added twice'}"
+        how = {0: "missing", 2: "added twice", -1: "subtracted"}[times]
+        words = f"the bias of {', '.join(parts)} is {how}"
         yield Try(parts, {"times": dict.fromkeys(parts, times)}, words)
 
 
@@ -152,6 +157,8 @@ def head_order(bench: Bench) -> Iterator[Try]:
     turned = {"reversed": by_head[:, ::-1], "transposed": by_head.swapaxes(1, 2)}
     K = bench.config.num_key_value_heads
     turned["kv-major"] = by_head.reshape(len(x), K, -1, h).swapaxes(1, 2)
+    if len(x) == bench.replay.engine.count:
+        turned["unmerged"] = by_head.swapaxes(0, 1)  # [H, S, h] read as [S, H·h]
     for name, value in turned.items():
         yield Try(name, {"x": {0: value.reshape(x.shape)}}, f"o_proj reads the heads {name}")
 
@@ -173,6 +180,14 @@ def normed(bench: Bench) -> Iterator[Try]:
         yield Try(None, {"x": {0: normed}}, "the branch is added to the normed state, not to the hidden one")
 
 
+def exchanged_gate(bench: Bench) -> Iterator[Try]:
+    """The activation of up in place of the gate: at the activation, and at the product with the other one."""
+    place, name = (0, "ffn_up") if bench.stage == "ffn_silu" else (1, "ffn_gate")
+    rows = bench.value(name)
+    if rows is not None:
+        yield Try(None, {"x": {place: rows}}, "silu(up)·gate in place of silu(gate)·up")
+
+
 def on_product(bench: Bench) -> Iterator[Try]:
     """The activation of the product in place of the gate."""
     switches = {"on_product": True}
@@ -184,33 +199,7 @@ def on_product(bench: Bench) -> Iterator[Try]:
     yield Try(None, switches, "silu(gate·up) in place of silu(gate)·up")
 
 
-# --- experts, embedding, head
-
-
-def renormalise(wanted: bool) -> Tries:
-    """Weights of experts made to sum to one, or not."""
-
-    def tries(bench: Bench) -> Iterator[Try]:
-        if bench.settings["renormalise"] is not wanted:
-            words = "they are renormalised, norm_topk_prob is false" if wanted else "they are not renormalised"
-            yield Try(None, {"renormalise": wanted}, words)
-
-    return tries
-
-
-def count(bench: Bench) -> Iterator[Try]:
-    """As many experts a token as the engine wrote."""
-    count = bench.engine.shape[1]
-    if count != bench.settings["count"]:
-        yield Try(
-            count, {"count": count}, f"{count} experts a token (num_experts_per_tok is {bench.settings['count']})"
-        )
-
-
-def lost(bench: Bench) -> Iterator[Try]:
-    """One rank left out of the sum."""
-    for rank in range(bench.config.num_experts_per_tok):
-        yield Try(rank, {"lost": rank}, f"the output of the expert of rank {rank} is not added")
+# --- embedding, head
 
 
 def times(bench: Bench) -> Iterator[Try]:
@@ -239,9 +228,3 @@ def unnormed(bench: Bench) -> Iterator[Try]:
     hidden = bench.value("post_ffn_residual", bench.config.num_hidden_layers - 1)
     if hidden is not None:
         yield Try(None, {"x": {0: hidden}}, "the head reads the hidden state without the final norm")
-
-
-def shift_experts(bench: Bench) -> Iterator[Try]:
-    """Experts off by one."""
-    for shift in (1, -1):
-        yield Try(shift, {"shift": shift}, f"the expert with id {shift:+d} is run")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from oracle import fits
 from oracle.bench import Bench
-from oracle.tries import Tries, Try
+from oracle.tries import Tries, Try, each
+
+OFFSETS = (1, -1, 2, -2, 3, -3, 4, -4)
 
 
 def theta(bench: Bench) -> Iterator[Try]:
@@ -62,6 +65,29 @@ def before_norm(bench: Bench) -> Iterator[Try]:
     yield Try(None, {"raw": raw, "raw_start": start, "after": after}, "it is rotated before the head norm, not after")
 
 
+def positions(bench: Bench) -> Iterator[Try]:
+    """Positions that are off by a number, or that are what the angles of each row say."""
+    yield from each("positions are off by {:+d}", "offset", *OFFSETS)(bench)
+    offsets = fits.offsets(bench)
+    if offsets is None or (len(set(offsets.tolist())) == 1 and offsets[0] in (0, *OFFSETS)):
+        return
+    if len(set(offsets.tolist())) == 1:
+        yield Try(int(offsets[0]), {"offset": int(offsets[0])}, f"positions are off by {offsets[0]:+d}")
+        return
+    found = (np.asarray(bench.case.positions) + offsets).tolist()
+    first = int(np.flatnonzero(offsets)[0])
+    few = ", ".join(map(str, found[first : first + 6]))
+    words = f"positions from {bench.case.positions[first]} on are {few}{', …' if len(found) > first + 6 else ''}"
+    yield Try(found, {"offset": offsets}, words)
+
+
+def doubled(bench: Bench) -> Iterator[Try]:
+    """RoPE upon RoPE."""
+    scaling = bench.settings["scaling"]
+    magnitude = 1.0 if scaling is None else scaling.attention_factor
+    yield Try(None, {"stretch": 0.5, "magnitude": magnitude**2}, "it is rotated twice, as if positions were doubled")
+
+
 # --- attention
 
 
@@ -75,7 +101,8 @@ def scales(bench: Bench) -> dict[str, tuple[float, str]]:
             (config.hidden_size / H) ** -0.5,
             f"they are scaled by 1/√(D/H), D/H = {config.hidden_size / H:g}",
         ),
-        "scores_head_dim": (1.0 / h, "they are scaled by 1/h, not 1/√h"),
+        "scores_head_dim": (1.0 / h, "they are scaled by 1/h, not 1/√h: by 1/√h twice"),
+        "scores_hidden_dim": (config.hidden_size**-0.5, "they are scaled by 1/√D, not 1/√h"),
     }
 
 
@@ -97,8 +124,10 @@ def kv_map(kind: str) -> Tries:
         H, K = bench.config.num_attention_heads, bench.config.num_key_value_heads
         head, group = np.arange(H), np.arange(H) // (H // K)
         maps = {"modulo": (head % K, "h % K"), "reversed": (K - 1 - group, "K-1-h//G"), "first": (0 * head, "always 0")}
+        maps |= {"next": ((group + 1) % K, "(h//G + 1) % K"), "previous": ((group - 1) % K, "(h//G - 1) % K")}
         kv_map, words = maps[kind]
-        if not np.array_equal(kv_map, group):
+        # Of two heads the neighbour is the reversed one.
+        if not np.array_equal(kv_map, group) and (K > 2 or kind not in ("next", "previous")):
             yield Try(kind, {"kv_map": kv_map}, f"query head h reads kv head {words}, not h // G")
 
     return tries
@@ -112,3 +141,12 @@ def window(bench: Bench) -> Iterator[Try]:
     says = "has none" if stated is None else f"says {stated}"
     for window in fits.windows(bench):
         yield Try(window, {"window": window}, f"a sliding window of {window} (the config {says})")
+
+
+def heat(bench: Bench) -> Iterator[Try]:
+    """A temperature that is read off the rows: 1/√h once more, √h, or any."""
+    root = math.sqrt(bench.config.head_dim)
+    for factor in fits.heats(bench):
+        nice = {1 / root: "1/√h, once more", root: "√h"}
+        words = next((f"{factor:.6g}, {say}" for value, say in nice.items() if value == factor), f"{factor:.6g}")
+        yield Try(factor, {"heat": factor}, f"the scores are multiplied by {words}", fitted=True)

@@ -7,6 +7,7 @@ those of two hypotheses together are a third. `x` are a stage's inputs, `w` its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,21 @@ from jaxref.stages import STAGES
 
 Array = np.ndarray
 Switches = dict[str, Any]
+# How far from exact float32 may be where it is rounded further: a sum of a thousand terms.
+SLACK = 2.0**-20
 
 
 def norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """RMSNorm of rows: `skip`, `centre` (LayerNorm), `plus_one`, `unweighted`, `eps`, `outside`: where eps is added."""
+    """RMSNorm of rows: `skip`, `centre` (LayerNorm), `eps`, `outside`: where eps is added; `size`: "sum" or "absolute".
+
+    The weight: `power`, 0 for none, and `plus_one`.
+    """
     (weight,) = w.values()
     return x[0] if s.get("skip") else _normed(x[0], weight, s)
 
 
 def head_norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """RMSNorm of each head: as `norm`, and `row`: over all heads together."""
+    """RMSNorm of each head: as `norm`, and `row`: over all heads together; `halves`: over each half of a head."""
     (weight,) = w.values()
     heads, h = s["heads"], weight.shape[0]
     part = x[0][:, s["start"] : s["start"] + heads * h]
@@ -34,18 +40,23 @@ def head_norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         return part
     if s.get("row"):
         return _normed(part, np.tile(weight, heads), s)
-    return _normed(part.reshape(-1, heads, h), weight, s).reshape(part.shape)
+    parts = 2 if s.get("halves") else 1
+    return _normed(part.reshape(-1, heads, parts, h // parts), weight.reshape(parts, -1), s).reshape(part.shape)
 
 
 def _normed(x: Array, weight: Array, s: Switches) -> Array:
     if s.get("centre"):
         x = x - x.mean(axis=-1, keepdims=True)
     size, outside = np.square(x).mean(axis=-1, keepdims=True), s.get("outside")
-    if outside == "reciprocal":
+    if s.get("size") == "sum":
+        size = size * x.shape[-1]
+    if s.get("size") == "absolute":
+        unit = x / (np.abs(x).mean(axis=-1, keepdims=True) + s["eps"])
+    elif outside == "reciprocal":
         unit = x * (1 / np.sqrt(size) + s["eps"])
     else:
         unit = x / (np.sqrt(size) + s["eps"] if outside == "root" else np.sqrt(size + s["eps"]))
-    return unit if s.get("unweighted") else unit * (weight + 1 if s.get("plus_one") else weight)
+    return unit * (weight + 1 if s.get("plus_one") else weight) ** s.get("power", 1)
 
 
 def qkv_matmul(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -62,7 +73,7 @@ def qkv_bias(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """RoPE: `interleaved`, `theta`, `offset`, `sign`, `stretch`, `partial`, `scaling`, `magnitude`, `tables`, `skip`.
 
-    `raw` are rows to rotate instead, and `after` is applied to what was rotated [S, heads, h].
+    `raw` are rows to rotate instead; `after` is applied to what was rotated [S, heads, h]; `offset` may be one a row.
     """
     heads, h = s["heads"], s["head_dim"]
     values = s.get("raw", x[0])
@@ -71,7 +82,8 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         return values.reshape(len(values), -1)
     width = int(h * s.get("partial", 1.0))
     frequencies = s["frequencies"] if "frequencies" in s else inverse_frequencies(width, s["theta"], s["scaling"])
-    angles = s.get("sign", 1) * (x[1][:, None, None] + s.get("offset", 0)) * frequencies / s.get("stretch", 1.0)
+    positions = x[1] + np.asarray(s.get("offset", 0))
+    angles = s.get("sign", 1) * positions[:, None, None] * frequencies / s.get("stretch", 1.0)
     magnitude = s.get("magnitude", 1.0 if s["scaling"] is None else s["scaling"].attention_factor)
     cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
     if tables := s.get("tables"):
@@ -89,15 +101,24 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def attn_scores(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`scale` for 1/√h; `kv_map`: the kv head of each query head."""
+    """`scale` for 1/√h and `times` it; `kv_map`: the kv head of each query head; `cap` as in `linear`."""
     h, K = s["head_dim"], s["kv_heads"]
     q, k = (a.reshape(len(a), -1, h) for a in x)
     kv_map = s.get("kv_map", np.arange(q.shape[1]) // (q.shape[1] // K))
-    return np.einsum("sjh,tjh->jst", q, k[:, kv_map], optimize=True) * s.get("scale", h**-0.5)
+    scale = s.get("scale", h**-0.5) * s.get("times", 1.0)
+    return capped(np.einsum("sjh,tjh->jst", q, k[:, kv_map], optimize=True) * scale, s)
+
+
+def capped(x: Array, s: Switches) -> Array:
+    """c·tanh(x/c) with `cap` for c."""
+    return s["cap"] * np.tanh(x / s["cap"]) if "cap" in s else x
 
 
 def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`nearest` and `window`: how far back keys are seen; `unmasked`, `over_queries`, `masked_after`."""
+    """`nearest` and `window`: how far back keys are seen; `unmasked`, `over_queries`, `masked_after`, `undivided`.
+
+    Of the scores: `cap`, and `heat`, which they are multiplied with (0: a mean over keys).
+    """
     back = x[1][:, None] - x[2][None, :]
     seen = back >= s.get("nearest", 0)
     if s.get("nearest", 0) > 0:
@@ -108,29 +129,27 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         seen = np.ones_like(seen)
     allowed = np.ones_like(seen) if s.get("masked_after") else seen
     axis = -2 if s.get("over_queries") else -1
-    masked = np.where(allowed, x[0], -np.inf)
+    masked = np.where(allowed, s.get("heat", 1.0) * capped(x[0], s), -np.inf)
     with np.errstate(invalid="ignore"):
         powers = np.exp(masked - masked.max(axis=axis, keepdims=True))
-    found = np.nan_to_num(powers / powers.sum(axis=axis, keepdims=True))
+    found = np.nan_to_num(powers / (1 if s.get("undivided") else powers.sum(axis=axis, keepdims=True)))
     return np.where(seen, found, 0.0)
 
 
 def attention(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """softmax·V; `kv_map` as for the scores."""
+    """softmax·V; `kv_map` as for the scores; `unmerged`: [H, S, h] read as [S, H·h]."""
     heads, K, h = x[0].shape[0], s["kv_heads"], s["head_dim"]
     v = x[1][:, s["start"] : s["start"] + K * h].reshape(-1, K, h)
     kv_map = s.get("kv_map", np.arange(heads) // (heads // K))
     mixed = np.einsum("jst,tjh->sjh", x[0], v[:, kv_map], optimize=True)
+    mixed = mixed.swapaxes(0, 1).reshape(mixed.shape) if s.get("unmerged") else mixed
     return mixed.reshape(len(mixed), -1)
 
 
 def linear(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """x·Wᵀ; `plus` is added, `times` multiplied, `cap` caps (c·tanh(y/c)), `stored` is the dtype it is rounded to."""
+    """x·Wᵀ; `plus` is added, `times` multiplied, `cap` caps."""
     (weight,) = w.values()
-    found = s.get("times", 1.0) * (x[0] @ weight.T) + s.get("plus", 0.0)
-    if cap := s.get("cap"):
-        found = cap * np.tanh(found / cap)
-    return found.astype(s["stored"]).astype(np.float64) if "stored" in s else found
+    return capped(s.get("times", 1.0) * (x[0] @ weight.T) + s.get("plus", 0.0), s)
 
 
 def add(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -144,6 +163,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_erf": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     "none": lambda x: x,
     "relu": lambda x: np.maximum(x, 0),
+    "relu_squared": lambda x: np.square(np.maximum(x, 0)),
+    "gelu_quick": lambda x: x * expit(1.702 * x),
+    "sigmoid": expit,
 }
 
 
@@ -153,19 +175,28 @@ def silu(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def multiply(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """silu(gate)·up; with `gate`, silu(gate·up)."""
-    return ACTIVATIONS["silu"](s["gate"] * x[1]) if "gate" in s else x[0] * x[1]
+    """silu(gate)·up; with `gate`, silu(gate·up); `both`: silu(gate)·silu(up)."""
+    up = ACTIVATIONS["silu"](x[1]) if s.get("both") else x[1]
+    return ACTIVATIONS["silu"](s["gate"] * up) if "gate" in s else x[0] * up
 
 
 def swiglu(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`activation`; `on_product`; `exchanged`: silu(up)·gate."""
+    """`activation`; `on_product`; `both`: silu(gate)·silu(up); `exchanged`: silu(up)·gate."""
     gate, up = x[::-1] if s.get("exchanged") else x
     act = ACTIVATIONS[s.get("activation", "silu")]
+    up = act(up) if s.get("both") else up
     return act(gate * up) if s.get("on_product") else act(gate) * up
 
 
 def moe_router(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`renormalise`, `count`, `kind` ("softmax", "sigmoid", "after": over the chosen alone), `logits` as a dtype."""
+    """`renormalise`, `count`, `kind` ("softmax", "sigmoid", "after": over the chosen alone), `logits` as a dtype.
+
+    `times` multiplies the weights.
+    """
+    return s.get("times", 1.0) * _router(x, s)
+
+
+def _router(x: list[Array], s: Switches) -> Array:
     logits = x[0].astype(s["logits"]).astype(np.float64) if "logits" in s else x[0]
     chances = expit(logits) if s.get("kind") == "sigmoid" else _softmax(logits)
     best = np.argsort(-logits, axis=1, kind="stable")[:, : s["count"]]
@@ -181,12 +212,12 @@ def _softmax(x: Array) -> Array:
 
 
 def moe_ffn_out(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`power` of the weights; `backwards`: their order; `lost`: a rank that is not added."""
+    """`power` of the weights; `backwards`: their order; `rolled`: by ranks; `lost`: a rank left out; `times`."""
     weights = x[1] ** s.get("power", 1)
-    weights = weights[:, ::-1] if s.get("backwards") else weights
+    weights = np.roll(weights[:, ::-1] if s.get("backwards") else weights, s.get("rolled", 0), axis=1)
     if "lost" in s:
         weights = np.where(np.arange(weights.shape[1]) == s["lost"], 0.0, weights)
-    return np.einsum("sad,sa->sd", x[0], weights)
+    return s.get("times", 1.0) * np.einsum("sad,sa->sd", x[0], weights)
 
 
 def embed(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -200,5 +231,22 @@ _BY_FUNCTION["rms_norm"] = norm
 
 
 def variant_of(stage: str) -> Callable[[list[Array], dict[str, Array], Switches], Array] | None:
-    """The function with switches of a stage; None for the experts' ids, which are judged otherwise."""
-    return _BY_FUNCTION.get(getattr(STAGES[stage].function, "__name__", ""))
+    """The function with switches of a stage; None for the experts' ids, which are judged otherwise.
+
+    Of each: `stored`, the dtype that the result is rounded to, and `shown`, what an engine has in its place.
+    """
+    function = _BY_FUNCTION.get(getattr(STAGES[stage].function, "__name__", ""))
+    return None if function is None else partial(_stored, function)
+
+
+def _stored(function: Callable[..., Array], x: list[Array], w: dict[str, Array], s: Switches) -> Array:
+    found = function(x, w, s)
+    if "stored" not in s:
+        return found
+    rounded, shown = found.astype(s["stored"]).astype(np.float64), s.get("shown")
+    # Between two values of that type the engine's own float32 decides: either of them is right.
+    if shown is not None:
+        slack = SLACK * (np.abs(found) + np.sqrt(np.square(found).mean()))
+        for other in (found - slack, found + slack):
+            rounded = np.where(other.astype(s["stored"]) == shown, shown, rounded)
+    return rounded

@@ -6,19 +6,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
-from oracle.chain import Chain, Changes, Trial
+from oracle.chain import Chain, Changes, Trial, merged
 from oracle.local import DRIFT, Local
 
 # A hypothesis must leave so many times less than what was wrong, and others so many times more than it.
 GAIN, AHEAD = 4.0, 4.0
 # Of one hypothesis' parameters, one that is no more than so much worse may be the rounder one.
 ALIKE = 1.15
-# Of what could be in missing stages, so many are taken in pairs, the best ones first.
-MANY = 12
+# So many are taken in pairs, the best ones first; fewer where each has to be computed on through missing stages.
+PAIRED, PAIRED_THROUGH = 24, 12
 # So many layers in which nothing in missing stages explains a stage: in the next ones it is not tried again.
 ENOUGH = 2
 
@@ -126,7 +125,7 @@ def _equal(chain: Chain, first: Trial, second: Trial) -> bool:
 def _pairs(chain: Chain, scored: list[Scored]) -> Iterator[Scored]:
     """Two hypotheses at once, where they switch different things."""
     tried = [each.trial for each in scored if not each.trial.generic]
-    for first, second in combinations(tried[:MANY] if chain.missing else tried, 2):
+    for first, second in combinations(tried[: PAIRED_THROUGH if chain.missing else PAIRED], 2):
         if first.name == second.name and _kinds(first) == [kinds - {"w"} for kinds in _kinds(second)]:
             continue
         changes = _together(first.changes, second.changes)
@@ -145,23 +144,8 @@ def _together(first: Changes, second: Changes) -> Changes | None:
     """Both at once; None where they set the same switch of the same stage."""
     found = dict(first)
     for stage, switches in second.items():
-        both = _merged(found.get(stage, {}), switches)
+        both = merged(found.get(stage, {}), switches)
         if both is None:
             return None
         found[stage] = both
-    return found
-
-
-def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
-    """Both sets of switches of one stage; None where they set the same one."""
-    found = dict(first)
-    for name, value in second.items():
-        if name in ("x", "w", "times") and isinstance(value, dict) and isinstance(found.get(name), dict):
-            if found[name].keys() & value.keys():
-                return None
-            found[name] = found[name] | value
-        elif name in found:
-            return None
-        else:
-            found[name] = value
     return found

@@ -55,9 +55,11 @@ def told(models: Models, folder: Path, arch: str, faults: dict, dtype: str = "fl
 def test_every_fault_of_the_catalogue(tmp_path: Path, arch: str, dtype: str, layer: int | None) -> None:
     outcomes: list[Outcome] = list(sweep(tmp_path, arch, dtype, layer))
     print(table(outcomes))
-    assert len(outcomes) > 90
+    assert len(outcomes) > 130
     assert all(o.stage_right for o in outcomes), table(outcomes)
-    assert sum(o.cause_right for o in outcomes) >= 0.95 * len(outcomes), table(outcomes)
+    # In float16 one GELU is another inside an expert.
+    least = len(outcomes) - (2 if (arch, dtype) == ("qwen3_moe", "float16") else 0)
+    assert sum(o.cause_right for o in outcomes) >= least, table(outcomes)
     assert not [o.fault for o in outcomes if o.confident_and_wrong], table(outcomes)
 
 
@@ -129,6 +131,7 @@ def test_a_tree_of_one_layer_begins_at_the_tokens(models: Models, tmp_path: Path
     write(tmp_path, run(raw, weights, TOKENS, "float32"))
     for layer in (0, 1, 3):
         shutil.rmtree(tmp_path / f"layer-{layer}")
+    (tmp_path / "layer-2" / "attn_out.bin").unlink()  # with it the layer would tell what it began with
     found = localize(checkpoint, tmp_path, TOKENS)
     assert found.verdict == "clean"
     assert any("layer-1/post_ffn_residual" in row.through for row in found.locals)

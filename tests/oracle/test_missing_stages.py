@@ -1,13 +1,19 @@
-"""Faults in stages that the tree lacks are named at the next stage that it has: fused attention, hidden states alone."""
+"""Faults in stages that the tree lacks are named at the next one that it has: fused attention, hidden states alone."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from jaxref.stages import STAGES
-from tests.oracle.sweep import LAYER, Outcome, sweep, table
+from oracle.explain import Explained, explain
+from oracle.local import TELLS
+from oracle.told import sentence
+from tests.conftest import prompt
+from tests.oracle.standin import Planted, run, write
+from tests.oracle.sweep import LAYER, Models, Outcome, sweep, table
 
 FUSED = ("attn_scores", "attn_softmax")
 HIDDEN = ("embedding", "post_attn_residual", "post_ffn_residual", "final_norm", "lm_head")
@@ -32,3 +38,34 @@ def test_every_fault_of_the_catalogue_through_missing_stages(tmp_path: Path, arc
     assert all(o.stage_right for o in seen), table(outcomes)
     assert sum(o.cause_right for o in outcomes) >= 0.94 * len(outcomes), table(outcomes)
     assert not [o.fault for o in outcomes if o.confident_and_wrong], table(outcomes)
+
+
+def _one_layer(
+    folder: Path, arch: str, faults: dict, dtype: str = "float32", tokens: list[int] | None = None
+) -> Explained:
+    """An engine's dump of layer 2 alone."""
+    raw, weights, checkpoint = Models(folder.with_name("models")).get(arch, Planted("", ()))
+    write(folder, run(raw, weights, prompt(23, 272), dtype, faults))
+    for path in folder.iterdir():
+        if path.name != "layer-2":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return explain(checkpoint, folder, tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe"])
+def test_a_layer_alone_is_not_blamed_for_what_came_in(tmp_path: Path, arch: str, dtype: str) -> None:
+    told = _one_layer(tmp_path / "tree", arch, {"rope_theta/500000": {0}}, dtype, prompt(23, 272))
+    assert told.found.verdict == "clean", sentence(told)
+    assert told.found.unknown == {(2, "post_attn_residual"): TELLS}
+    (note,) = (note for note in told.found.notes if "hidden state before layer 2" in note)
+    assert float(note.split(" is ")[1].split()[0]) > 0.01  # the wrong theta of layer 0
+    assert all(row.inherited for row in told.found.locals if row.key[1] == "attn_norm")
+
+
+def test_a_layer_alone_tells_its_own_faults_even_without_tokens(tmp_path: Path) -> None:
+    told = _one_layer(tmp_path / "tree", "qwen2", {"norm_weight_missing/attn_norm": {2}, "mask_strict": {2}})
+    assert [(cause.stage, cause.explanation and cause.explanation.hypothesis) for cause in told.causes] == [
+        ("attn_norm", "norm_weight_missing"),
+        ("attn_softmax", "mask_strict"),
+    ]

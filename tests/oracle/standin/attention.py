@@ -14,13 +14,25 @@ PARTS = ("q", "k", "v")
 
 def attend(here: Place, x: Tensor) -> Tensor:
     """The attention branch [S, D] of one layer."""
-    q, k, v = (part.unflatten(-1, (-1, here.head_dim)) for part in _project(here, x))
-    q, k = _turn(here, "q", q), _turn(here, "k", k)
+    q, k, v = (part.unflatten(-1, (-1, here.head_dim)) for part in _project(here, here.read("qkv_matmul", x)))
+    v, before = (k if here.fault("input_other/attention/k") else v), v
+    q, k = _turn(here, "q", q), _turn(here, "k", before if here.fault("input_other/k_post_rope/v") else k)
+    k, v = _cached(here, "k", k), _cached(here, "v", v)
     scores = here.emit("attn_scores", _scores(here, q, k))
     chances = here.emit("attn_softmax", _softmax(here, scores))
     mixed = torch.einsum("jqk,kjd->qjd", chances.float(), v[:, _kv_head(here, "v_heads")].float())
+    mixed = mixed.transpose(0, 1).reshape(mixed.shape) if here.fault("attention_unmerged") else mixed
     mixed = here.emit("attention", here.round(mixed.flatten(1)))
     return here.emit("attn_out", _output(here, mixed))
+
+
+def _cached(here: Place, part: str, x: Tensor) -> Tensor:
+    """k, v or what is written of k as a cache keeps it."""
+    kind = here.argument(f"kv_cache_rounded/{part}")
+    if kind == "int8":
+        scale = x.float().abs().amax(-1, keepdim=True) / 127
+        return here.round((x.float() / scale).round() * scale)
+    return here.round(x.to(getattr(torch, kind))) if kind else x
 
 
 def _project(here: Place, x: Tensor) -> tuple[Tensor, ...]:
@@ -42,6 +54,14 @@ def _project(here: Place, x: Tensor) -> tuple[Tensor, ...]:
 def _bias(here: Place, part: str, bias: Tensor) -> Tensor:
     if here.fault("bias_missing", f"bias_missing/{part}") or (part != "q" and here.fault("bias_q_only")):
         return torch.zeros_like(bias)
+    if here.fault("bias_exchanged") and part != "q":
+        bias = here.weight(f"self_attn.{'v' if part == 'k' else 'k'}_proj.bias")
+    if part != "v" and here.fault("bias_permuted/halves"):
+        bias = bias.view(-1, 2, here.head_dim // 2).transpose(1, 2).flatten()
+    if here.fault("bias_neighbour"):
+        bias = here.neighbour_weight(f"self_attn.{part}_proj.bias")
+    if here.fault("bias_sign"):
+        bias = -bias
     return bias.float() * (2 if here.fault("bias_doubled") else 1)
 
 
@@ -55,6 +75,7 @@ def _turn(here: Place, part: str, x: Tensor) -> Tensor:
         turned = head_norm(here, stage, rotate(here, part, x))
     else:
         turned = rotate(here, part, normed)
+    turned = _cached(here, f"{part}_post_rope", turned)
     return here.emit(f"{part}_post_rope", turned.flatten(1)).view_as(x)
 
 
@@ -64,6 +85,8 @@ def _kv_head(here: Place, what: str) -> Tensor:
     if here.fault(f"{what}_modulo"):
         return head % here.kv_heads
     group = head // (here.heads // here.kv_heads)
+    if here.fault(f"{what}_next"):
+        return (group + 1) % here.kv_heads
     return here.kv_heads - 1 - group if here.fault(f"{what}_reversed") else group
 
 
@@ -72,6 +95,12 @@ def _scores(here: Place, q: Tensor, k: Tensor) -> Tensor:
     raw = here.round(torch.einsum("qjd,kjd->jqk", q.float(), k[:, _kv_head(here, "kv_heads")].float()))
     if here.fault("scores_unscaled"):
         return raw
+    if here.fault("scores_hidden_dim"):
+        return raw / here.config["hidden_size"] ** 0.5
+    if limit := here.argument("scores_capped/attn_scores"):
+        return here.round(float(limit) * (raw.float() * here.head_dim**-0.5 / float(limit)).tanh())
+    if factor := here.argument("scores_scaled"):
+        return here.round(raw.float() * here.head_dim**-0.5 * float(factor))
     if here.fault("scores_head_dim"):
         return raw / here.head_dim
     width = here.config["hidden_size"] // here.heads if here.fault("scores_model_dim") else here.head_dim
@@ -81,6 +110,16 @@ def _scores(here: Place, q: Tensor, k: Tensor) -> Tensor:
 def _softmax(here: Place, scores: Tensor) -> Tensor:
     """Over the keys that each query may see, in float32, then rounded."""
     scores, seen = scores.float(), _visible(here, scores.shape[-1])
+    if limit := here.argument("scores_capped/attn_softmax"):
+        scores = float(limit) * (scores / float(limit)).tanh()
+    if factor := here.argument("softmax_temperature"):
+        scores = scores * float(factor)
+    if here.fault("softmax_mean"):
+        return here.round((seen / seen.sum(-1, keepdim=True)).expand_as(scores))
+    if here.fault("softmax_base", "softmax_undivided"):
+        power = torch.exp2 if here.fault("softmax_base") else torch.exp
+        powers = power(scores - scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)) * seen
+        return here.round(powers / powers.sum(-1, keepdim=True) if here.fault("softmax_base") else powers)
     if here.fault("softmax_masked_after"):
         return here.round(scores.softmax(-1) * seen)
     axis = -2 if here.fault("softmax_query_axis") else -1
@@ -118,6 +157,8 @@ def _output(here: Place, mixed: Tensor) -> Tensor:
     by_head = mixed.unflatten(-1, (here.heads, here.head_dim))
     if here.fault("o_proj_head_order/reversed"):
         mixed = by_head.flip(1).flatten(1)
+    if here.fault("o_proj_head_order/unmerged"):
+        mixed = by_head.transpose(0, 1).reshape(mixed.shape)
     if here.fault("o_proj_head_order/transposed"):
         mixed = by_head.transpose(1, 2).flatten(1)
     out = here.product(mixed, "self_attn.o_proj.weight")

@@ -44,6 +44,8 @@ def _embed(here: Place, tokens: list[int]) -> Tensor:
     ids = torch.tensor(tokens)
     if here.fault("embedding_shifted"):
         ids = (ids + 1) % here.config["vocab_size"]
+    if here.fault("embedding_tokens"):
+        ids = torch.tensor([*tokens[:2], 7, *tokens[3:-1], 9])
     rows = here.weight(EMBEDDING)[ids]
     factor = here.argument("embedding_scaled")
     if factor == "sqrt_d":
@@ -62,6 +64,7 @@ def _layer(here: Place, hidden: Tensor) -> Tensor:
 
 def _add(here: Place, stage: str, hidden: Tensor, normed: Tensor, branch: Tensor) -> Tensor:
     """The hidden state with a branch added."""
+    hidden, branch = here.read(stage, hidden), here.read(f"{stage}.second", branch)
     total = hidden + branch
     if here.fault(f"residual_missing/{stage}"):
         total = branch

@@ -23,13 +23,13 @@ def feed_forward(here: Place, x: Tensor) -> Tensor:
 
 def _dense(here: Place, x: Tensor) -> Tensor:
     roles = ("up_proj", "gate_proj") if here.fault("gate_up_swapped") else ("gate_proj", "up_proj")
-    gate = here.emit("ffn_gate", here.linear(x, f"mlp.{roles[0]}.weight"))
-    up = here.emit("ffn_up", here.linear(x, f"mlp.{roles[1]}.weight"))
-    if here.fault("gate_up_swapped/activation"):
+    gate = here.emit("ffn_gate", here.linear(here.read("ffn_gate", x), f"mlp.{roles[0]}.weight"))
+    up = here.emit("ffn_up", here.linear(here.read("ffn_up", x), f"mlp.{roles[1]}.weight"))
+    if here.fault("silu_on_up"):
         gate, up = up, gate
     act = here.emit("ffn_silu", _activated(here, gate))
     product = here.emit("ffn_swigl", _gated(here, act, gate, up))
-    return here.emit("ffn_out", here.linear(product, "mlp.down_proj.weight"))
+    return here.emit("ffn_out", here.linear(here.read("ffn_out", product), "mlp.down_proj.weight"))
 
 
 def _activated(here: Place, gate: Tensor) -> Tensor:
@@ -42,6 +42,12 @@ def _activated(here: Place, gate: Tensor) -> Tensor:
         act = gate
     elif here.fault("silu_missing/relu"):
         act = F.relu(gate)
+    elif here.fault("gelu_quick"):
+        act = gate / (1 + (-1.702 * gate).exp())
+    elif here.fault("silu_missing/sigmoid"):
+        act = gate.sigmoid()
+    elif here.fault("silu_missing/relu_squared"):
+        act = F.relu(gate) ** 2
     else:
         act = F.silu(gate)
     return here.round(act)
@@ -50,6 +56,8 @@ def _activated(here: Place, gate: Tensor) -> Tensor:
 def _gated(here: Place, act: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     if here.fault("silu_on_product"):
         return here.round(F.silu((gate * up).float()))
+    if here.fault("silu_on_both"):
+        return here.round(act.float() * F.silu(up.float()))
     return act * up
 
 
@@ -66,7 +74,7 @@ def _mixture(here: Place, x: Tensor) -> Tensor:
 
 def _route(here: Place, x: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen experts' shares and ids, [S, A] each, the largest share first."""
-    logits = here.linear(x, "mlp.gate.weight")
+    logits = here.linear(here.read("moe_router_logits", x), "mlp.gate.weight")
     if here.fault("router_half"):
         logits = logits.half().float()
     logits = here.emit("moe_router_logits", logits).float()
@@ -82,6 +90,8 @@ def _route(here: Place, x: Tensor) -> tuple[Tensor, Tensor]:
         renormalised = not renormalised
     if renormalised:
         shares = shares / shares.sum(-1, keepdim=True)
+    if factor := here.argument("scaled/moe_router"):
+        shares = shares * float(factor)
     return here.emit("moe_router", here.round(shares)), here.emit("moe_router_indices", ids)
 
 

@@ -19,6 +19,7 @@ _OTHER = {"attn_norm": "ffn_norm", "ffn_norm": "attn_norm", "q_norm": "k_norm", 
 
 def rms_norm(here: Place, stage: str, x: Tensor) -> Tensor:
     """The hidden state [S, D] normed."""
+    x = here.read(stage, x)
     if here.fault(f"norm_missing/{stage}"):
         return x
     role = ROLES[_OTHER[stage]] if here.fault(f"norm_weight_other/{stage}") else ROLES[stage]
@@ -31,6 +32,9 @@ def head_norm(here: Place, stage: str, x: Tensor) -> Tensor:
         return x
     role = ROLES[_OTHER[stage]] if here.fault("head_norm_swapped") else ROLES[stage]
     over = (-2, -1) if here.fault("head_norm_row") else (-1,)
+    if here.fault("head_norm_halves"):
+        halves = [_normed(here, stage, half, (-1,)) for half in x.chunk(2, dim=-1)]
+        return _weighted(here, stage, torch.cat(halves, dim=-1), role)
     return _weighted(here, stage, _normed(here, stage, x, over), role)
 
 
@@ -40,6 +44,10 @@ def _normed(here: Place, stage: str, x: Tensor, over: tuple[int, ...]) -> Tensor
     x = x.float()
     if here.fault(f"layer_norm/{stage}"):
         x = x - x.mean(over, keepdim=True)
+    if here.fault(f"norm_sum/{stage}"):
+        return here.round(x * torch.rsqrt(x.square().sum(over, keepdim=True) + eps))
+    if here.fault(f"norm_absolute/{stage}"):
+        return here.round(x / (x.abs().mean(over, keepdim=True) + eps))
     return here.round(x * torch.rsqrt(x.square().mean(over, keepdim=True) + eps))
 
 
@@ -49,4 +57,6 @@ def _weighted(here: Place, stage: str, normed: Tensor, role: str) -> Tensor:
     weight = here.weight(role)
     if here.fault(f"norm_one_plus_w/{stage}", *(["norm_one_plus_w/head_norm"] if normed.dim() == 3 else [])):
         weight = weight + 1
+    if here.fault(f"norm_weight_twice/{stage}"):
+        normed = weight * normed
     return weight * normed

@@ -82,6 +82,17 @@ class Place:
         self.run.trace[self.layer, stage] = kept.float().numpy().copy()
         return x
 
+    def read(self, stage: str, x: Tensor) -> Tensor:
+        """What the stage reads: another tensor that was kept, where that is planted."""
+        name = self.argument(f"input_other/{stage}")
+        if name is None:
+            return x
+        last = (self.config["num_hidden_layers"] if self.layer is None else self.layer) - 1
+        key = (last if self.layer is None else self.layer, name)
+        if name == "hidden":
+            key = (last, "post_ffn_residual") if last >= 0 else (0, "embedding")
+        return torch.from_numpy(self.run.trace[key]).to(x.dtype).view_as(x)
+
     def round(self, x: Tensor) -> Tensor:
         """To the type that this run computes in."""
         return x.to(self.run.dtype)
@@ -110,6 +121,8 @@ class Place:
         values = np.array(raw, dtype=np.float32)
         if self.fault(f"weight_dtype/{short}"):  # the upper half of a float32 is a bfloat16
             values = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.float16).astype(np.float32)
+        if dtype := self.argument(f"weight_rounded/{short}"):
+            values = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
         if self.fault(f"weight_transposed/{short}"):
             values = values.reshape(values.shape[::-1]).T
         if self.fault(f"weight_permuted/{short}/halves"):
@@ -119,6 +132,12 @@ class Place:
             by_head = values.reshape(-1, self.head_dim, values.shape[-1])
             values = np.concatenate([by_head[1::-1], by_head[2:]]).reshape(values.shape)
         return self.round(torch.from_numpy(np.ascontiguousarray(values)))
+
+    def neighbour_weight(self, role: str) -> Tensor:
+        """The same tensor of the next layer."""
+        found = self._neighbour(role)
+        assert found is not None
+        return self.round(torch.from_numpy(np.array(found, np.float32)))
 
     def _name(self, role: str) -> str:
         return role if self.layer is None or role.startswith("model.") else f"model.layers.{self.layer}.{role}"

@@ -32,7 +32,10 @@ def rotate(here: Place, part: str, x: Tensor) -> Tensor:
 def _tables(here: Place, count: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine [S, 1, pairs], computed in float32 and rounded to the run's type."""
     frequencies, magnitude = _frequencies(here)
-    positions = torch.arange(count) + int(here.argument("rope_positions") or 0)
+    offset = here.argument("rope_positions") or "0"
+    positions = torch.arange(count)
+    positions = torch.where(positions < 6, positions, positions - 6) if offset == "anew" else positions + int(offset)
+    positions = 2 * positions if here.fault("rope_doubled") else positions
     angles = positions[:, None, None].float() * frequencies
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     if here.fault("rope_half_tables"):

@@ -21,6 +21,8 @@ def spoil(here: Place, stage: str, x: Tensor) -> Tensor:
     if here.fault(f"noise/{stage}"):
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
         x = (x.float() * (1 + 0.01 * noise)).to(x.dtype)
+    if dtype := here.argument(f"stored_half/{stage}"):
+        x = x.to(getattr(torch, dtype)).float()
     if limit := here.argument(f"saturation/{stage}"):
         x = x.clamp(-float(limit), float(limit))
     if here.fault(f"token_zeroed/{stage}"):
