@@ -67,7 +67,7 @@ class Bench:
                 stored = found.astype(self.replay.emulated.compute).astype(np.float64)
                 # A value that the engine rounded once is that of the right variant rounded, to the bit.
                 return min(distance(self.stage, self.engine, x, self.case.positions) for x in (found, stored))
-        except (ValueError, IndexError, KeyError, FloatingPointError):
+        except (TypeError, ValueError, IndexError, KeyError, FloatingPointError):
             return float("inf")  # shapes that do not go together: this is not what the engine did
 
     def _weight(self, field: str, pick: Pick | None) -> np.ndarray:

@@ -110,7 +110,7 @@ class Chain:
         """The scale that is left between the engine's rows and that, less rounding's own."""
         try:
             return abs(drift(self.bench.engine, self.run(changes)) - self.bench.rounding_drift)
-        except (ValueError, IndexError, KeyError):
+        except (TypeError, ValueError, IndexError, KeyError):
             return float("inf")
 
 

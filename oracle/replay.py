@@ -125,7 +125,12 @@ class Replay:
         case = self.case(key, instead)
         if isinstance(case, Unknown):
             return case
-        return Value(self.exact(case), case.positions, (*case.through, path_of(key)))
+        return Value(self.exact(case, **self._as_many(key)), case.positions, (*case.through, path_of(key)))
+
+    def _as_many(self, key: Key) -> dict[str, int]:
+        """For weights of experts that are missing: as many as the engine has ids."""
+        ids = self.engine.value((key[0], INDICES)) if key[1] == "moe_router" else None
+        return {} if ids is None else {"count": ids.array.shape[1]}
 
     def case(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Case | Unknown:
         """What a stage of the present layer is computed from; `instead` as for `value`."""

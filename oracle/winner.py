@@ -24,10 +24,15 @@ ENOUGH = 2
 
 @dataclass(frozen=True)
 class Scored:
-    """A variant and what it leaves; `same` are names of others that come to the same computation here."""
+    """A variant and what it leaves; `same` are names of others that come to the same computation here.
+
+    `through`: it is in a stage that the tree lacks. Nobody has the roundings after that, and a limit of several floors
+    would let pass what is merely like the cause: it must leave no more than the floor.
+    """
 
     trial: Trial
     error: float
+    through: bool = False
     place: int = 0  # among all that were tried: round parameters come before exact ones
     same: tuple[str, ...] = ()
 
@@ -61,8 +66,8 @@ def _again(chain: Chain, row: Local, before: Scored | None) -> Scored | None:
         return None
     for trial in chain.trials(before.trial.name):
         if (trial.words, list(trial.changes)) == (before.trial.words, list(before.trial.changes)):
-            error = chain.error(trial.changes)
-            return Scored(trial, error, same=before.same) if error <= row.floor and _fits(error, row) else None
+            found = Scored(trial, chain.error(trial.changes), True, same=before.same)
+            return found if _fits(found, row) else None
     return None
 
 
@@ -74,7 +79,7 @@ def _best(chain: Chain, row: Local) -> Scored | None:
         return _winner(chain, sorted(left, key=lambda each: each.error), row)
     if (found := _winner(chain, scored, row)) is not None:
         return found
-    if any(_fits(each.error, row) for each in scored):
+    if any(_fits(each, row) for each in scored):
         return None  # several fit: none is named
     return _winner(chain, sorted(_pairs(chain, scored), key=lambda each: each.error), row)
 
@@ -84,16 +89,21 @@ def _scores(chain: Chain, row: Local) -> Iterator[Scored]:
         error = chain.error(trial.changes)
         # A number that was fitted to the engine's rows comes near them whatever they are.
         if not trial.fitted or error <= row.floor:
-            yield Scored(trial, error, place)
+            yield Scored(trial, error, _through(chain, trial), place)
 
 
-def _fits(error: float, row: Local) -> bool:
-    return error <= row.limit and (error * GAIN <= row.local or not math.isfinite(row.local))
+def _through(chain: Chain, trial: Trial) -> bool:
+    return not trial.changes.keys().isdisjoint(chain.missing)
+
+
+def _fits(each: Scored, row: Local) -> bool:
+    limit = row.floor if each.through else row.limit
+    return each.error <= limit and (each.error * GAIN <= row.local or not math.isfinite(row.local))
 
 
 def _winner(chain: Chain, scored: list[Scored], row: Local) -> Scored | None:
     """The best fit, specific before generic, unless one by another name is nearly as good and not the same."""
-    fitting = [each for each in scored if _fits(each.error, row)]
+    fitting = [each for each in scored if _fits(each, row)]
     chosen = [each for each in fitting if not each.trial.generic] or fitting
     if not chosen:
         return None
@@ -133,7 +143,7 @@ def _pairs(chain: Chain, scored: list[Scored]) -> Iterator[Scored]:
             continue
         words = f"{first.words}; and {second.words}"
         both = Trial(f"{first.name}+{second.name}", [first.parameter, second.parameter], words, changes)
-        yield Scored(both, chain.error(changes))
+        yield Scored(both, chain.error(changes), _through(chain, both))
 
 
 def _kinds(trial: Trial) -> list[set[str]]:

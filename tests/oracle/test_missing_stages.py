@@ -12,7 +12,7 @@ from oracle.explain import Explained, explain
 from oracle.local import TELLS
 from oracle.told import sentence
 from tests.conftest import prompt
-from tests.oracle.standin import Planted, run, write
+from tests.oracle.standin import FAULTS, Planted, run, write
 from tests.oracle.sweep import LAYER, Models, Outcome, sweep, table
 
 FUSED = ("attn_scores", "attn_softmax")
@@ -69,3 +69,12 @@ def test_a_layer_alone_tells_its_own_faults_even_without_tokens(tmp_path: Path) 
         ("attn_norm", "norm_weight_missing"),
         ("attn_softmax", "mask_strict"),
     ]
+
+
+def test_as_many_experts_as_the_engine_has_ids(tmp_path: Path) -> None:
+    """Their weights are missing: the right ones are those of as many experts."""
+    lost = tuple(name for name in STAGES if name not in (*HIDDEN, "moe_router_indices"))
+    names = [name for name in FAULTS if name.startswith("router_count")]
+    outcomes = list(sweep(tmp_path, "qwen3_moe", "float32", LAYER, names, lost))
+    assert outcomes and {stage for o in outcomes for stage in o.found} == {"moe_router_indices"}, table(outcomes)
+    assert {c.explanation and c.explanation.hypothesis for o in outcomes for c in o.causes} == {"router_count"}
