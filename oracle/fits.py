@@ -63,11 +63,9 @@ def thetas(bench: Bench) -> Iterator[float]:
 
 
 def stretches(bench: Bench) -> Iterator[float]:
-    """One factor between all angles and those that should be; where they are not shown, those that people use."""
-    if not bench.shown:
-        yield from STRETCHES
-        return
-    found = _angles(bench)
+    """Factors that people use, and the one between all angles and those that should be, where these are shown."""
+    yield from STRETCHES
+    found = _angles(bench) if bench.shown else None
     if found is None:
         return
     position, angles = found
@@ -77,7 +75,9 @@ def stretches(bench: Bench) -> Iterator[float]:
         return
     factor = float(np.median(wanted[keep] / angles[keep]))
     for value in dict.fromkeys((rounded(factor, 2), factor)):
-        if value > 0 and min(abs(value - 1), abs(value - 0.5)) > 1e-3:  # a half is RoPE applied twice
+        if (
+            value > 0 and value not in STRETCHES and min(abs(value - 1), abs(value - 0.5)) > 1e-3
+        ):  # a half is RoPE applied twice
             yield value
 
 

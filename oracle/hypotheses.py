@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +119,6 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         switch("it sums to one over queries, not keys", over_queries=True),
     ),
     Hypothesis("softmax_masked_after", ("attn_softmax",), switch("it is masked after normalising", masked_after=True)),
-    Hypothesis("softmax_base", ("attn_softmax",), switch("powers of 2 in place of e", heat=math.log(2))),
     Hypothesis("softmax_undivided", ("attn_softmax",), switch("it is not divided by its sum", undivided=True)),
     Hypothesis("softmax_mean", ("attn_softmax",), switch("all keys have the same weight", heat=0.0)),
     Hypothesis("softmax_temperature", ("attn_softmax",), attention.heat, generic=True),

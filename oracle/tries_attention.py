@@ -144,7 +144,8 @@ def window(bench: Bench) -> Iterator[Try]:
 
 
 def heat(bench: Bench) -> Iterator[Try]:
-    """A temperature that is read off the rows: 1/√h once more, √h, or any."""
+    """Powers of 2 in place of e, and a temperature that is read off the rows: 1/√h once more, √h, or any."""
+    yield Try(math.log(2), {"heat": math.log(2)}, "powers of 2 in place of e")
     root = math.sqrt(bench.config.head_dim)
     for factor in fits.heats(bench):
         nice = {1 / root: "1/√h, once more", root: "√h"}

@@ -116,10 +116,8 @@ def _softmax(here: Place, scores: Tensor) -> Tensor:
         scores = scores * float(factor)
     if here.fault("softmax_mean"):
         return here.round((seen / seen.sum(-1, keepdim=True)).expand_as(scores))
-    if here.fault("softmax_base", "softmax_undivided"):
-        power = torch.exp2 if here.fault("softmax_base") else torch.exp
-        powers = power(scores - scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)) * seen
-        return here.round(powers / powers.sum(-1, keepdim=True) if here.fault("softmax_base") else powers)
+    if here.fault("softmax_undivided"):
+        return here.round((scores - scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)).exp() * seen)
     if here.fault("softmax_masked_after"):
         return here.round(scores.softmax(-1) * seen)
     axis = -2 if here.fault("softmax_query_axis") else -1

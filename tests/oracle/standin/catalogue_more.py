@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tests.oracle.standin.planted import Planted, row
 
 BIASED, NORMED, DENSE, MOE = ("qwen2",), ("qwen3", "qwen3_moe"), ("qwen2", "qwen3"), ("qwen3_moe",)
@@ -29,7 +31,7 @@ SCORES = [
     row("scores_capped/attn_scores/20", "attn_scores", 20.0),
     row("scores_capped/attn_softmax/20", "attn_softmax", 20.0),
     row("scores_scaled/1.25", "attn_scores", 1.25),
-    row("softmax_base", "attn_softmax"),
+    row(f"softmax_temperature/{math.log(2)}", "attn_softmax", math.log(2)),  # 2ˣ in place of eˣ
     row("softmax_temperature/0.7", "attn_softmax", 0.7),
     row("softmax_undivided", "attn_softmax"),
     row("softmax_mean", "attn_softmax"),
