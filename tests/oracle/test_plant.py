@@ -25,6 +25,7 @@ PLANTED = [
     ("qwen3", "head_norm_row", "1", "float16"),
     ("qwen3", "final_norm_missing", "all", "float32"),
     ("qwen3", "gate_up_swapped", "1", "bfloat16"),
+    ("qwen2", "rope_linear", "1", "float32"),
     ("qwen3_moe", "experts_off_by_one", "2", "float32"),
     ("qwen3_moe", "moe_weights_twice", "all", "float16"),
 ]
@@ -84,5 +85,5 @@ def test_what_cannot_be_planted_is_one_line(tmp_path: Path) -> None:
     assert all(name in line for name in names())
     line = refused("plant", "tiny", "--fault", "moe_weights_twice", "--output", tmp_path / "t", module="oracle")
     assert "qwen2" in line and not (tmp_path / "t").exists()
-    line = refused("plant", "tiny", "--fault", "rope_linear", "--output", tmp_path / "t", module="oracle")
+    line = refused("plant", "tiny", "--fault", "yarn_missing", "--output", tmp_path / "t", module="oracle")
     assert "no difference" in line and not (tmp_path / "t").exists()
