@@ -37,6 +37,7 @@ def execute(source: Path) -> Any:
         timeout=SECONDS,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,  # else what one cell prints is in as many parts as the kernel happens to flush
         resources={"metadata": {"path": str(HERE.parent)}},
     )
     client.execute()
