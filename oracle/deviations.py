@@ -6,8 +6,12 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from jaxref.stages import STAGES
+
+# How often rows that are only rounded may look as if they shared a scale.
+CHANCE = 1e-5
 
 
 def visible(stage: str, x: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
@@ -30,11 +34,25 @@ def distance(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...
 
 def drift(test: np.ndarray, exact: np.ndarray) -> float:
     """The scale between rows, less one: a mean over rows, in which the rounding of single values averages out."""
+    rows = _scales(test, exact)
+    # Few values do not average it out.
+    return float(rows.mean()) if len(rows) and test.size >= 1024 else 0.0
+
+
+def shared(test: np.ndarray, exact: np.ndarray) -> float:
+    """`drift` where the rows agree on it, and zero where their rounding alone makes such a mean (Student's t)."""
+    rows = _scales(test, exact)
+    if len(rows) < 2:
+        return 0.0
+    chance = stdtrit(len(rows) - 1, 1 - CHANCE / 2) * rows.std(ddof=1) / math.sqrt(len(rows))
+    return drift(test, exact) if abs(rows.mean()) > chance else 0.0
+
+
+def _scales(test: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """The factor between two rows that leaves least, less one, of each row that has one."""
     with np.errstate(all="ignore"):
         rows = (test * exact).sum(axis=1) / np.square(exact).sum(axis=1) - 1
-    found = float(rows[np.isfinite(rows)].mean()) if np.isfinite(rows).any() else 0.0
-    # Few values do not average it out.
-    return found if test.size >= 1024 else 0.0
+    return rows[np.isfinite(rows)]
 
 
 def worst(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from oracle.deviations import distance, drift, visible
+from oracle.deviations import distance, shared, visible
 from oracle.floor import DRIFTING, MARGIN, noise
 from oracle.local import Local
 from oracle.replay import Case
@@ -31,6 +31,6 @@ def judged(
         nan=int((own & np.isnan(engine)).sum()),
         tainted=int((lost & ~np.isfinite(exact)).sum()),
         values=int(shown.sum()),
-        drift=drift(engine, emulated) if stage in DRIFTING and numerics == "float16" else 0.0,
+        drift=shared(engine, emulated) if stage in DRIFTING and numerics == "float16" else 0.0,
         through=case.through,
     )
