@@ -145,7 +145,7 @@ class Found:
         """ "clean", "faulty" or "incomplete"."""
         if any(row.faulty for row in self.locals):
             return "faulty"
-        return "clean" if {NO_TOKENS, TELLS}.issuperset(self.unknown.values()) else "incomplete"
+        return "incomplete" if any(reason != NO_TOKENS for reason in self.unknown.values()) else "clean"
 
     @property
     def exit_code(self) -> int:

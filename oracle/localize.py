@@ -16,6 +16,7 @@ from jaxref.model import head_rows
 from jaxref.reader import Reader
 from jaxref.stages import Key
 from oracle import routing
+from oracle.beginning import SUM, Beginning, beginning
 from oracle.deviations import distance, worst
 from oracle.dumps import Dumps
 from oracle.engine_tree import EngineTree, Value
@@ -96,24 +97,35 @@ class _Job:
         if layer == 0:
             self._embedding(params, [key for key in keys if key[1] == "embedding"])
         self._enter(layer, params)
-        told, reference = self._before(layer), self.truth.layer(layer, params)
+        began, reference = self._before(layer), self.truth.layer(layer, params)
         for key in keys:
-            if key[1] == "post_attn_residual" and told:
-                self.unknown[key] = TELLS
+            if key[1] == SUM and began is not None:
+                self._after(key, began, reference.get(SUM))
             elif key[1] != "embedding":
                 self._stage(key, reference.get(key[1]))
         # The next layer may have to begin here.
         if (layer, "post_ffn_residual") not in self.engine.tree.files:
             self.replay.value((layer, "post_ffn_residual"))
 
-    def _before(self, layer: int) -> bool:
-        """Whether the hidden state before a layer is told by the sum after it alone; a note says how right it is."""
-        key = (layer - 1, "post_ffn_residual") if layer else (0, "embedding")
-        found = self.replay.told_after(key)
-        if found is not None and (error := self.truth.before(key, found)) is not None:
-            words = f"before layer {layer} is {error:.2g} from the truth (post_attn_residual less attn_out)"
-            self.told.append(f"the hidden state {words}")
-        return found is not None
+    def _before(self, layer: int) -> Beginning | None:
+        """The hidden state before a layer where the sum after it tells it; a note says so, and how right it is."""
+        began = beginning(self.replay, layer, self.numerics)
+        if began is None:
+            return None
+        self.replay.remember(began.key, began.told)
+        error = self.truth.before(began.key, began.told)
+        far = "" if error is None else f", {error:.2g} from the truth"
+        words = "" if began.vouched else "; if attn_norm is wrong, that sum may be"
+        self.told.append(f"the hidden state before layer {layer} is post_attn_residual less attn_out{far}{words}")
+        return began
+
+    def _after(self, key: Key, began: Beginning, truth: np.ndarray | None) -> None:
+        """The sum that tells the state before it, judged on what the layers before give, where it is right on that."""
+        case = self.replay.case(key, {began.key: began.followed}) if began.followed and began.vouched else None
+        if isinstance(case, Case):
+            self._measure(key, case, truth)
+        else:
+            self.unknown[key] = TELLS
 
     def _enter(self, layer: int | None, params: Any) -> None:
         self.replay.enter(layer, params)

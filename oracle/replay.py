@@ -92,23 +92,8 @@ class Replay:
         if instead and self._rests_on(key, instead):
             return self._chained(key, instead)
         if key not in self._known:
-            self._known[key] = self.engine.value(key) or self.told_after(key) or self._chained(key)
+            self._known[key] = self.engine.value(key) or self._chained(key)
         return self._known[key]
-
-    def told_after(self, key: Key) -> Value | None:
-        """The hidden state before a layer as what its residual adds to, where the tree has nothing of the layer before.
-
-        So a dump of one layer is replayed on the engine's own hidden state, and not on what that should have been.
-        """
-        layer = 0 if key == (0, "embedding") else (key[0] or 0) + 1
-        alone = self.engine.tokens is None if layer == 0 else all(k[0] != layer - 1 for k in self.engine.keys)
-        if key[1] not in ("embedding", "post_ffn_residual") or not alone or key in self.engine.tree.files:
-            return None
-        total, branch = (self.engine.value((layer, name)) for name in ("post_attn_residual", "attn_out"))
-        at = tuple(p for p in total.positions if p in branch.positions) if total and branch else ()
-        if total is None or branch is None or not at:
-            return None
-        return Value(rows_at(total, at, "") - rows_at(branch, at, ""), at, (path_of(key),))
 
     def remember(self, key: Key, value: Value | Unknown) -> None:
         """Take this for the engine's rows of a stage of the present layer."""

@@ -40,11 +40,16 @@ def test_every_fault_of_the_catalogue_through_missing_stages(tmp_path: Path, arc
     assert not [o.fault for o in outcomes if o.confident_and_wrong], table(outcomes)
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
 def _one_layer(
-    folder: Path, arch: str, faults: dict, dtype: str = "float32", tokens: list[int] | None = None
+    models: Models, folder: Path, arch: str, faults: dict, dtype: str = "float32", tokens: list[int] | None = None
 ) -> Explained:
     """An engine's dump of layer 2 alone."""
-    raw, weights, checkpoint = Models(folder.with_name("models")).get(arch, Planted("", ()))
+    raw, weights, checkpoint = models.get(arch, Planted("", ()))
     write(folder, run(raw, weights, prompt(23, 272), dtype, faults))
     for path in folder.iterdir():
         if path.name != "layer-2":
@@ -54,17 +59,58 @@ def _one_layer(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe"])
-def test_a_layer_alone_is_not_blamed_for_what_came_in(tmp_path: Path, arch: str, dtype: str) -> None:
-    told = _one_layer(tmp_path / "tree", arch, {"rope_theta/500000": {0}}, dtype, prompt(23, 272))
-    assert told.found.verdict == "clean", sentence(told)
+def test_a_layer_alone_is_not_blamed_for_what_came_in(models: Models, tmp_path: Path, arch: str, dtype: str) -> None:
+    told = _one_layer(models, tmp_path / "tree", arch, {"rope_theta/500000": {0}}, dtype, prompt(23, 272))
+    assert told.found.verdict == "incomplete" and not told.found.faults, sentence(told)
     assert told.found.unknown == {(2, "post_attn_residual"): TELLS}
-    (note,) = (note for note in told.found.notes if "hidden state before layer 2" in note)
-    assert float(note.split(" is ")[1].split()[0]) > 0.01  # the wrong theta of layer 0
+    assert _came_in(told) > 0.01  # the wrong theta of layer 0
     assert all(row.inherited for row in told.found.locals if row.key[1] == "attn_norm")
 
 
-def test_a_layer_alone_tells_its_own_faults_even_without_tokens(tmp_path: Path) -> None:
-    told = _one_layer(tmp_path / "tree", "qwen2", {"norm_weight_missing/attn_norm": {2}, "mask_strict": {2}})
+def _came_in(told: Explained) -> float:
+    (note,) = (note for note in told.found.notes if "hidden state before layer 2" in note)
+    return float(note.split(" from the truth")[0].rsplit(" ", 1)[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_of_a_right_layer_alone_every_stage_is_judged(models: Models, tmp_path: Path, dtype: str) -> None:
+    told = _one_layer(models, tmp_path / "tree", "qwen3", {}, dtype, prompt(23, 272))
+    assert told.found.verdict == "clean" and not told.found.unknown, sentence(told)
+    assert len(told.found.locals) == len(told.found.engine.keys) and _came_in(told) < 0.01
+
+
+@pytest.mark.parametrize(
+    "fault", ["residual_doubled", "residual_missing", "residual_normed", "residual_doubled/branch"]
+)
+def test_a_layer_alone_is_blamed_for_the_sum_that_tells_its_beginning(
+    models: Models, tmp_path: Path, fault: str
+) -> None:
+    name, *rest = fault.split("/")
+    planted = {"/".join([name, "post_attn_residual", *rest]): {2}}
+    told = _one_layer(models, tmp_path / "tree", "qwen2", planted, tokens=prompt(23, 272))
+    assert [(cause.stage, cause.explanation and cause.explanation.hypothesis) for cause in told.causes] == [
+        ("post_attn_residual", name)
+    ]
+
+
+def test_what_came_in_and_the_sum_both_wrong_is_never_clean(models: Models, tmp_path: Path) -> None:
+    both = {"rope_theta/500000": {0}, "residual_doubled/post_attn_residual": {2}}
+    assert _one_layer(models, tmp_path / "with", "qwen2", both, tokens=prompt(23, 272)).found.verdict != "clean"
+    assert _one_layer(models, tmp_path / "without", "qwen2", both).found.verdict != "clean"
+
+
+def test_a_beginning_that_is_not_finite_is_not_believed(models: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "tree"
+    _one_layer(models, folder, "qwen2", {})
+    for stage in ("post_attn_residual", "attn_out", "attn_norm"):
+        path = folder / "layer-2" / f"{stage}.bin"
+        path.write_bytes(path.read_bytes()[:12] + b"\x00\x00\xc0\x7f" * 72 + path.read_bytes()[12 + 4 * 72 :])
+    checkpoint = models.get("qwen2", Planted("", ()))[2]
+    assert "attn_norm" in {fault.stage for fault in explain(checkpoint, folder, prompt(23, 272)).found.faults}
+
+
+def test_a_layer_alone_tells_its_own_faults_even_without_tokens(models: Models, tmp_path: Path) -> None:
+    told = _one_layer(models, tmp_path / "tree", "qwen2", {"norm_weight_missing/attn_norm": {2}, "mask_strict": {2}})
     assert [(cause.stage, cause.explanation and cause.explanation.hypothesis) for cause in told.causes] == [
         ("attn_norm", "norm_weight_missing"),
         ("attn_softmax", "mask_strict"),
