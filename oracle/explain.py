@@ -71,6 +71,7 @@ def explain(
         causes.append(_cause(replay, case, row, engine, memory))
 
     found = localize(checkpoint, folder, tokens, progress=progress, visit=visit, **options)
+    found.notes.extend(memory.notes())
     order = [fault.stage for fault in found.faults]
     rows = {row.key: row for row in found.locals}
     merged = _merged([_misread(found, rows[cause.layers[0], cause.stage], cause) for cause in causes])

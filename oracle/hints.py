@@ -61,4 +61,7 @@ def _kind(engine: np.ndarray, exact: np.ndarray) -> str:
             return f"an offset of {np.mean(offset):.6g}"
     if len(e) > 8 and np.allclose(np.sort(engine), np.sort(exact), rtol=1e-3, atol=1e-6 * np.abs(exact).max()):
         return "the right values in another order"
-    return f"no plain scale, offset or order: noise-like, correlation {np.corrcoef(engine, exact)[0, 1]:.4f}"
+    with np.errstate(all="ignore"):
+        alike = np.corrcoef(engine, exact)[0, 1]
+    words = f"correlation {alike:.4f}" if np.isfinite(alike) else "the same value everywhere"
+    return f"no plain scale, offset or order: noise-like, {words}"

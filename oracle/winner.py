@@ -43,6 +43,12 @@ class Memory:
 
     named: dict[str, Scored] = field(default_factory=dict)
     in_vain: dict[str, int] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+
+    def notes(self) -> list[str]:
+        """Which stages were no longer explained by what is missing before them."""
+        words = f"was tried in the first {ENOUGH} faulty layers alone, and explained none"
+        return [f"{stage}: what is missing before it {words}" for stage in sorted(self.skipped)]
 
 
 def best(chain: Chain, row: Local, memory: Memory) -> Scored | None:
@@ -50,7 +56,8 @@ def best(chain: Chain, row: Local, memory: Memory) -> Scored | None:
     stage = chain.bench.stage
     if chain.missing and (again := _again(chain, row, memory.named.get(stage))) is not None:
         return again
-    if memory.in_vain.get(stage, 0) >= ENOUGH:
+    if chain.missing and memory.in_vain.get(stage, 0) >= ENOUGH:
+        memory.skipped.add(stage)
         chain.missing.clear()
     found = _best(chain, row)
     if found is not None:

@@ -124,3 +124,16 @@ def test_as_many_experts_as_the_engine_has_ids(tmp_path: Path) -> None:
     outcomes = list(sweep(tmp_path, "qwen3_moe", "float32", LAYER, names, lost))
     assert outcomes and {stage for o in outcomes for stage in o.found} == {"moe_router_indices"}, table(outcomes)
     assert {c.explanation and c.explanation.hypothesis for o in outcomes for c in o.causes} == {"router_count"}
+
+
+def test_what_is_no_longer_tried_is_said(models: Models, tmp_path: Path) -> None:
+    raw, weights, checkpoint = models.get("qwen2", Planted("", ()))
+    trace = run(raw, weights, prompt(23, 272), "float32", {"noise/ffn_up": None})
+    write(tmp_path, {key: value for key, value in trace.items() if key[1] in HIDDEN})
+    told = explain(checkpoint, tmp_path, prompt(23, 272))
+    assert {cause.stage for cause in told.causes} == {"post_ffn_residual"}
+    assert [note for note in told.found.notes if note.startswith("post_ffn_residual: what is missing before it")]
+    named = run(raw, weights, prompt(23, 272), "float32", {"mask_strict": None})
+    write(tmp_path / "named", {key: value for key, value in named.items() if key[1] in HIDDEN})
+    notes = explain(checkpoint, tmp_path / "named", prompt(23, 272)).found.notes
+    assert not [note for note in notes if "what is missing before it" in note]

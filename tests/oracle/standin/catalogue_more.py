@@ -30,6 +30,9 @@ SCORES = [
     row("scores_hidden_dim", "attn_scores"),
     row("scores_capped/attn_scores/20", "attn_scores", 20.0),
     row("scores_capped/attn_softmax/20", "attn_softmax", 20.0),
+    # float16 hides these.
+    row("scores_capped/attn_scores/50", "attn_scores", 50.0, dtypes=F32),
+    row("scores_capped/attn_softmax/30", "attn_softmax", 30.0, dtypes=F32),
     row("scores_scaled/1.25", "attn_scores", 1.25),
     row(f"softmax_temperature/{math.log(2)}", "attn_softmax", math.log(2)),  # 2ˣ in place of eˣ
     row("softmax_temperature/0.7", "attn_softmax", 0.7),
