@@ -8,7 +8,6 @@ import io
 import os
 import signal
 import sys
-import threading
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -72,9 +71,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _again(lost: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C that comes in a destructor is dropped there by Python, so it is sent once more."""
+    """Ctrl-C that comes in a destructor is dropped there by Python, so it is asked for once more."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
     else:
         sys.__unraisablehook__(lost)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_folder_that_may_not_be_written_is_no_cache(tmp_path: Path) -> None:
 
 
 def interrupted_in_a_destructor(folder: Path) -> None:
-    """Send Ctrl-C from a destructor, once, when the third layer begins."""
+    """Send Ctrl-C from a destructor as the embedding begins, and let the work last until it is sent once more."""
     from jaxref.reader import Reader
 
     class Gone:
@@ -80,6 +81,7 @@ def interrupted_in_a_destructor(folder: Path) -> None:
     def embedding(self: Reader, tokens: list[int]):
         del_me = Gone()
         del del_me
+        time.sleep(30)  # broken off; four tiny layers alone may be done before the signal comes again
         return embed(self, tokens)
 
     Reader.embed = embedding
