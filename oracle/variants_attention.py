@@ -1,0 +1,88 @@
+"""RoPE, scores, softmax and attention in NumPy float64, with a switch for everything that engines get wrong in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxref.rope import inverse_frequencies
+
+Array = np.ndarray
+Switches = dict[str, Any]
+
+
+def capped(x: Array, s: Switches) -> Array:
+    """c·tanh(x/c) with `cap` for c."""
+    return s["cap"] * np.tanh(x / s["cap"]) if "cap" in s else x
+
+
+def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
+    """RoPE: `interleaved`, `theta`, `offset`, `sign`, `stretch`, `partial`, `scaling`, `magnitude`, `tables`, `skip`.
+
+    `raw` are rows to rotate instead; `after` is applied to what was rotated [S, heads, h]; `offset` may be one a row.
+    """
+    heads, h = s["heads"], s["head_dim"]
+    values = s.get("raw", x[0])
+    values = values[:, s["raw_start" if "raw" in s else "start"] :][:, : heads * h].reshape(-1, heads, h)
+    if s.get("skip"):
+        return values.reshape(len(values), -1)
+    width = int(h * s.get("partial", 1.0))
+    frequencies = s["frequencies"] if "frequencies" in s else inverse_frequencies(width, s["theta"], s["scaling"])
+    positions = x[1] + np.asarray(s.get("offset", 0))
+    angles = s.get("sign", 1) * positions[:, None, None] * frequencies / s.get("stretch", 1.0)
+    magnitude = s.get("magnitude", 1.0 if s["scaling"] is None else s["scaling"].attention_factor)
+    cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
+    if tables := s.get("tables"):
+        cos, sin = (t.astype(tables).astype(np.float64) for t in (cos, sin))
+    turned, rest = values[..., :width], values[..., width:]
+    if s.get("interleaved"):
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = np.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
+    else:
+        a, b = np.split(turned, 2, axis=-1)
+        turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    found = np.concatenate([turned, rest], axis=-1)
+    found = s["after"](found) if "after" in s else found
+    return found.reshape(len(found), -1)
+
+
+def attn_scores(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
+    """`scale` for 1/√h and `times` it; `kv_map`: the kv head of each query head; `cap` as in `linear`."""
+    h, K = s["head_dim"], s["kv_heads"]
+    q, k = (a.reshape(len(a), -1, h) for a in x)
+    kv_map = s.get("kv_map", np.arange(q.shape[1]) // (q.shape[1] // K))
+    scale = s.get("scale", h**-0.5) * s.get("times", 1.0)
+    return capped(np.einsum("sjh,tjh->jst", q, k[:, kv_map], optimize=True) * scale, s)
+
+
+def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
+    """`nearest` and `window`: how far back keys are seen; `unmasked`, `over_queries`, `masked_after`, `undivided`.
+
+    Of the scores: `cap`, and `heat`, which they are multiplied with (0: a mean over keys).
+    """
+    back = x[1][:, None] - x[2][None, :]
+    seen = back >= s.get("nearest", 0)
+    if s.get("nearest", 0) > 0:
+        seen |= (x[1][:, None] == 0) & (back == 0)  # a softmax over nothing would be a NaN
+    if s["window"] is not None:
+        seen &= back < s["window"]
+    if s.get("unmasked"):
+        seen = np.ones_like(seen)
+    allowed = np.ones_like(seen) if s.get("masked_after") else seen
+    axis = -2 if s.get("over_queries") else -1
+    masked = np.where(allowed, s.get("heat", 1.0) * capped(x[0], s), -np.inf)
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(masked - masked.max(axis=axis, keepdims=True))
+    found = np.nan_to_num(powers / (1 if s.get("undivided") else powers.sum(axis=axis, keepdims=True)))
+    return np.where(seen, found, 0.0)
+
+
+def attention(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
+    """softmax·V; `kv_map` as for the scores; `unmerged`: [H, S, h] read as [S, H·h]."""
+    heads, K, h = x[0].shape[0], s["kv_heads"], s["head_dim"]
+    v = x[1][:, s["start"] : s["start"] + K * h].reshape(-1, K, h)
+    kv_map = s.get("kv_map", np.arange(heads) // (heads // K))
+    mixed = np.einsum("jst,tjh->sjh", x[0], v[:, kv_map], optimize=True)
+    mixed = mixed.swapaxes(0, 1).reshape(mixed.shape) if s.get("unmerged") else mixed
+    return mixed.reshape(len(mixed), -1)
