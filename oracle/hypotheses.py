@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from jaxref.stages import STAGES
-from oracle import tries, tries_inputs
+from oracle import tries, tries_ends, tries_fused, tries_inputs, tries_masks
 from oracle import tries_attention as attention
 from oracle import tries_bias as biases
 from oracle import tries_experts as experts
@@ -41,7 +42,7 @@ SWAPPED = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
 HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("embedding_scaled", ("embedding",), tries.times),
-    Hypothesis("embedding_shifted", ("embedding",), tries.shifted),
+    Hypothesis("embedding_shifted", ("embedding",), tries_ends.shifted),
     Hypothesis("embedding_tokens", ("embedding",), tries_inputs.tokens),
     Hypothesis("norm_eps", NORMS + HEAD_NORMS, tries.eps, generic=True),
     Hypothesis(
@@ -61,18 +62,24 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         NORMS + HEAD_NORMS,
         switch("the mean absolute value in place of the root of the mean square", size="absolute"),
     ),
+    Hypothesis("norm_unrooted", NORMS + HEAD_NORMS, switch("the mean square without its root", size="unrooted")),
+    Hypothesis(
+        "norm_weight_first", NORMS + HEAD_NORMS, switch("its weight is applied before the norm", weight_first=True)
+    ),
     Hypothesis("norm_weight_missing", NORMS + HEAD_NORMS, switch("its weight is not applied", power=0)),
     Hypothesis("norm_weight_twice", NORMS + HEAD_NORMS, switch("its weight is applied twice", power=2)),
-    Hypothesis("norm_weight_other", ("attn_norm", "ffn_norm"), tries.other_norm),
+    Hypothesis("norm_weight_other", NORMS, tries.other_norm),
     Hypothesis("norm_weight_neighbour", ("attn_norm", "ffn_norm", *HEAD_NORMS), tries.neighbour),
     Hypothesis("norm_one_plus_w", NORMS + HEAD_NORMS, switch("the weight is 1 + w, as in Gemma", plus_one=True)),
     Hypothesis("norm_missing", ("attn_norm", "ffn_norm"), switch("the hidden state is not normed", skip=True)),
     Hypothesis("final_norm_missing", ("final_norm",), switch("the hidden state is not normed", skip=True)),
-    Hypothesis("final_norm_missing", ("lm_head",), tries.unnormed),
+    Hypothesis("final_norm_missing", ("lm_head",), tries_ends.unnormed),
     Hypothesis("head_norm_missing", HEAD_NORMS, switch("there is no norm of heads", skip=True)),
     Hypothesis("head_norm_row", HEAD_NORMS, switch("the norm is over the whole row, not over each head", row=True)),
     Hypothesis("head_norm_halves", HEAD_NORMS, switch("the norm is over each half of a head", halves=True)),
     Hypothesis("head_norm_swapped", HEAD_NORMS, tries.other_norm),
+    Hypothesis("head_norm_permuted", HEAD_NORMS, biases.head_norm_permuted),
+    Hypothesis("qkv_grouped", ("qkv_matmul",), tries_fused.grouped),
     Hypothesis("qkv_order", ("qkv_matmul",), tries.order),
     Hypothesis("bias_missing", ("qkv_bias",), lambda bench: tries.bias(bench, 0)),
     Hypothesis("bias_q_only", ("qkv_bias",), switch("only q gets its bias", times={"k": 0, "v": 0})),
@@ -99,6 +106,15 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("yarn_missing", ROPE, attention.yarn(doubled=False)),
     Hypothesis("yarn_doubled", ROPE, attention.yarn(doubled=True)),
     Hypothesis("rope_half_tables", ROPE, switch("cos and sin are rounded to float16", tables=np.float16)),
+    Hypothesis(
+        "rope_half_tables",
+        ROPE,
+        switch("cos and sin are rounded to bfloat16", "bfloat16", tables=ml_dtypes.bfloat16),
+    ),
+    Hypothesis("rope_half_frequencies", ROPE, each("frequencies are rounded to {}", "kept", *bits.HALF)),
+    Hypothesis("rope_exchanged", ROPE, switch("cos and sin are exchanged", exchanged=True)),
+    Hypothesis("rope_by_head", ROPE, switch("the head's number is taken for the position", by_head=True)),
+    Hypothesis("rope_scaled", ROPE, tries.times, generic=True),
     *(
         Hypothesis(name, ("attn_scores",), attention.scale(name))
         for name in ("scores_unscaled", "scores_model_dim", "scores_head_dim", "scores_hidden_dim")
@@ -109,9 +125,16 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         Hypothesis(f"kv_heads_{kind}", ("attn_scores",), attention.kv_map(kind))
         for kind in ("modulo", "reversed", "first", "next", "previous")
     ),
+    Hypothesis("kv_heads_other", ("attn_scores",), attention.kv_fitted, generic=True),
     Hypothesis("mask_missing", ("attn_softmax",), switch("there is no causal mask", unmasked=True)),
     Hypothesis("mask_strict", ("attn_softmax",), switch("a query does not see itself", nearest=1)),
     Hypothesis("mask_ahead", ("attn_softmax",), switch("a query sees one key ahead", nearest=-1)),
+    Hypothesis("mask_value", ("attn_softmax",), tries_masks.masked_as),
+    *(
+        Hypothesis(f"mask_{kind}", ("attn_softmax",), tries_masks.pattern(kind))
+        for kind in ("hidden", "chunks", "documents", "prefix")
+    ),
+    Hypothesis("mask_other", ("attn_softmax",), tries_masks.other, generic=True),
     Hypothesis("window", ("attn_softmax",), attention.window),
     Hypothesis(
         "softmax_query_axis",
@@ -120,12 +143,23 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     ),
     Hypothesis("softmax_masked_after", ("attn_softmax",), switch("it is masked after normalising", masked_after=True)),
     Hypothesis("softmax_undivided", ("attn_softmax",), switch("it is not divided by its sum", undivided=True)),
+    Hypothesis(
+        "softmax_plus_one",
+        ("attn_softmax",),
+        switch("its sum has one more term, as of a key with the score 0 (off-by-one softmax)", "zero", plus="zero"),
+    ),
+    Hypothesis(
+        "softmax_plus_one",
+        ("attn_softmax",),
+        switch("1 is added to its sum after the greatest score was subtracted", "greatest", plus="greatest"),
+    ),
     Hypothesis("softmax_mean", ("attn_softmax",), switch("all keys have the same weight", heat=0.0)),
     Hypothesis("softmax_temperature", ("attn_softmax",), attention.heat, generic=True),
     *(
         Hypothesis(f"v_heads_{kind}", ("attention",), attention.kv_map(kind))
         for kind in ("modulo", "reversed", "first", "next", "previous")
     ),
+    Hypothesis("v_heads_other", ("attention",), attention.kv_fitted, generic=True),
     Hypothesis("attention_unmerged", ("attention",), switch("[H, S, h] is taken for [S, H·h]", unmerged=True)),
     Hypothesis("o_proj_head_order", ("attn_out",), tries.head_order),
     Hypothesis("o_proj_bias", ("attn_out",), tries.same_for_all, generic=True),
@@ -134,6 +168,8 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("residual_doubled", RESIDUALS, switch("the branch is added twice", "branch", second=2)),
     Hypothesis("branch_missing", RESIDUALS, switch("the branch is not added", second=0)),
     Hypothesis("residual_normed", RESIDUALS, tries.normed),
+    Hypothesis("residual_scaled", RESIDUALS, tries.branches, generic=True),
+    Hypothesis("gate_up_interleaved", (*GATES, *UPS), tries_fused.interleaved),
     Hypothesis("gate_up_swapped", ("ffn_gate", "ffn_up"), tries.exchanged(SWAPPED)),
     Hypothesis("gelu_tanh", ACTIVATED, switch("GELU (tanh) in place of SiLU", activation="gelu_tanh")),
     Hypothesis("gelu_erf", ACTIVATED, switch("GELU (erf) in place of SiLU", activation="gelu_erf")),
@@ -142,6 +178,11 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("gelu_quick", ACTIVATED, switch("x·sigmoid(1.702x) in place of SiLU", activation="gelu_quick")),
     Hypothesis("silu_missing", ACTIVATED, switch("sigmoid in place of SiLU", "sigmoid", activation="sigmoid")),
     Hypothesis("silu_missing", ACTIVATED, switch("ReLU² in place of SiLU", "relu_squared", activation="relu_squared")),
+    Hypothesis("silu_missing", ACTIVATED, switch("tanh in place of SiLU", "tanh", activation="tanh")),
+    Hypothesis("silu_missing", ACTIVATED, switch("hard swish in place of SiLU", "hardswish", activation="hardswish")),
+    Hypothesis("up_missing", GATED, switch("silu(gate) is not multiplied by up", up="missing")),
+    Hypothesis("up_added", GATED, switch("silu(gate) + up in place of silu(gate)·up", up="added")),
+    Hypothesis("up_plus_one", GATED, switch("silu(gate)·(up + 1), as in GPT-OSS", up="plus_one")),
     Hypothesis("silu_on_both", GATED, switch("silu(gate)·silu(up) in place of silu(gate)·up", both=True)),
     Hypothesis("silu_on_product", GATED, tries.on_product),
     Hypothesis("silu_on_up", ("ffn_silu", "ffn_swigl"), tries.exchanged_gate),
@@ -151,6 +192,9 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("router_count", ("moe_router",), experts.count),
     Hypothesis("router_sigmoid", ("moe_router",), switch("sigmoid in place of softmax", kind="sigmoid")),
     Hypothesis("router_softmax_after", ("moe_router",), switch("the softmax is over the chosen alone", kind="after")),
+    Hypothesis("router_softmax_twice", ("moe_router",), switch("the weights go through a softmax again", kind="twice")),
+    Hypothesis("router_equal", ("moe_router",), switch("all chosen experts have the same weight", kind="equal")),
+    Hypothesis("router_raw", ("moe_router",), switch("the weights are the logits, without a softmax", kind="raw")),
     Hypothesis("router_half", ("moe_router_logits",), switch("logits are rounded to float16", stored=np.float16)),
     Hypothesis("router_half", ("moe_router",), switch("logits are rounded to float16", logits=np.float16)),
     Hypothesis("experts_off_by_one", ("moe_expert_gate", "moe_expert_up", "moe_expert_out"), experts.shift_experts),
@@ -168,7 +212,10 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     ),
     Hypothesis("moe_weights_order", ("moe_ffn_out",), experts.rolled),
     Hypothesis("moe_expert_lost", ("moe_ffn_out",), experts.lost),
-    Hypothesis("head_tied", ("lm_head",), tries.tied),
+    Hypothesis("head_tied", ("lm_head",), tries_ends.tied),
+    Hypothesis("logits_normalised", ("lm_head",), tries_ends.normalised),
+    Hypothesis("logits_rolled", ("lm_head",), tries_ends.rolled),
+    Hypothesis("logits_position", ("lm_head",), tries_ends.position),
     Hypothesis("logits_scaled", ("lm_head",), tries.times, generic=True),
     Hypothesis("logits_capped", ("lm_head",), each("capped at {:g} by tanh", "cap", 30.0, 50.0, 20.0, 15.0)),
     Hypothesis("scaled", (*PRODUCTS, "moe_router", "moe_ffn_out"), tries.times, generic=True),
@@ -176,6 +223,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("kv_cache_rounded", ("attn_scores", "attention"), bits.cached),
     Hypothesis("kv_cache_rounded", ("k_post_rope",), bits.int8_result),
     Hypothesis("weight_rounded", (*MATRICES, *NORMS, *HEAD_NORMS), bits.weights),
+    Hypothesis("input_rounded", MATRICES, bits.inputs),
     Hypothesis("stored_half", tuple(name for name in STAGES if name != "moe_router_indices"), bits.stored),
 )
 

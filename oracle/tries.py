@@ -49,6 +49,7 @@ _OTHER = {
     "q_norm": "k_norm",
     "k_norm": "q_norm",
 }
+_LAYERS = ("input_layernorm", "post_attention_layernorm")
 
 
 def eps(bench: Bench) -> Iterator[Try]:
@@ -59,7 +60,12 @@ def eps(bench: Bench) -> Iterator[Try]:
 
 
 def other_norm(bench: Bench) -> Iterator[Try]:
-    """The weight of the layer's other norm, or of the other head norm."""
+    """The weight of the layer's other norm, or of the other head norm; for the final norm that of a layer's."""
+    if bench.layer is None:
+        for name in (f"model.layers.{i}.{f}.weight" for i in (0, bench.config.num_hidden_layers - 1) for f in _LAYERS):
+            pick: Pick = lambda get, name=name: get(name)  # noqa: E731
+            yield Try(name, {"w": {bench.row.params[0]: pick}}, f"{name} in its place", together="other")
+        return
     field = _OTHER[bench.stage]
     words, switches = f"the weight of {field} in its place", {"w": {bench.row.params[0]: lambda get: get(field)}}
     yield Try(field, switches, words, together="other")
@@ -73,6 +79,11 @@ def neighbour(bench: Bench) -> Iterator[Try]:
     for layer in dict.fromkeys((bench.layer + 1, bench.layer - 1, 0, count - 1, *range(min(count, 8)))):
         if not 0 <= layer < count or layer == bench.layer:
             continue
+        fields = bench.row.params
+        if len(fields) > 1 and all(bench.has(field, layer) for field in fields):
+            picks: dict[str, Pick] = {f: lambda get, f=f, layer=layer: get(f, layer) for f in fields}
+            words = f"{', '.join(fields)} of layer {layer} in place of layer {bench.layer}"
+            yield Try("all", {"w": picks}, words, together=layer)
         for field in bench.row.params:
             if bench.has(field, layer):
                 pick: Pick = lambda get, field=field, layer=layer: get(field, layer)  # noqa: E731
@@ -85,7 +96,7 @@ def neighbour(bench: Bench) -> Iterator[Try]:
 
 def order(bench: Bench) -> Iterator[Try]:
     """The matrices of q, k and v in another order, where their shapes allow it."""
-    for order in ("qvk", "kqv", "kvq", "vqk", "vkq"):
+    for order in ("qvk", "kqv", "kvq", "vqk", "vkq", "qkk", "qvv"):
         yield Try(order, {"order": order}, f"q, k and v are computed with the matrices of {', '.join(order)}")
 
 
@@ -98,10 +109,12 @@ def bias(bench: Bench, times: int) -> Iterator[Try]:
 
 
 def transposed(bench: Bench) -> Iterator[Try]:
-    """The buffer of a matrix read as [in, out]."""
+    """The buffer of a matrix read as [in, out], or one that lies as [in, out] read as it is."""
     for field in bench.row.params:
         pick: Pick = lambda get, field=field: (m := get(field)).reshape(m.shape[::-1]).T  # noqa: E731
         yield Try(field, {"w": {field: pick}}, f"{field} is read as [in, out], its rows as columns")
+        turned: Pick = lambda get, field=field: (m := get(field)).T.reshape(m.shape)  # noqa: E731
+        yield Try(field, {"w": {field: turned}}, f"{field} lies as [in, out], and its columns are read as rows")
 
 
 def bits(bench: Bench) -> Iterator[Try]:
@@ -180,6 +193,19 @@ def normed(bench: Bench) -> Iterator[Try]:
         yield Try(None, {"x": {0: normed}}, "the branch is added to the normed state, not to the hidden one")
 
 
+def branches(bench: Bench) -> Iterator[Try]:
+    """Factors of the hidden state and of the branch, as least squares tell them."""
+    first, second, y = (a.ravel() for a in (*bench.x, bench.engine))
+    if not np.isfinite(y).all():
+        return
+    found = np.linalg.lstsq(np.stack([first, second], axis=1), y, rcond=None)[0].tolist()
+    for digits in (2, 3, 4, 8):
+        a, b = (1.0 if abs(x - 1) < 1e-4 else fits.rounded(x, digits) for x in found)
+        if (a, b) != (1.0, 1.0):
+            words = f"the hidden state is added {a:.6g} times, the branch {b:.6g} times"
+            yield Try([a, b], {"first": a, "second": b}, words, fitted=digits > 4)
+
+
 def exchanged_gate(bench: Bench) -> Iterator[Try]:
     """The activation of up in place of the gate: at the activation, and at the product with the other one."""
     place, name = (0, "ffn_up") if bench.stage == "ffn_silu" else (1, "ffn_gate")
@@ -199,32 +225,7 @@ def on_product(bench: Bench) -> Iterator[Try]:
     yield Try(None, switches, "silu(gate·up) in place of silu(gate)·up")
 
 
-# --- embedding, head
-
-
 def times(bench: Bench) -> Iterator[Try]:
     """A fitted factor."""
     for factor in fits.factors(bench):
         yield Try(factor, {"times": factor}, f"multiplied by {factor:.6g}")
-
-
-def shifted(bench: Bench) -> Iterator[Try]:
-    """Rows of the embedding off by one."""
-    tokens, size = np.asarray(bench.replay.engine.tokens), bench.config.vocab_size
-    for step in (1, -1):
-        rows = bench.replay.engine.checkpoint.embedding_rows((tokens[list(bench.case.positions)] + step) % size)
-        yield Try(step, {"rows": np.asarray(rows, np.float64)}, f"the row of token id {step:+d} is taken")
-
-
-def tied(bench: Bench) -> Iterator[Try]:
-    """The embedding as the head."""
-    if not bench.config.tie_word_embeddings:
-        words = "the embedding is used as the head, and the model has a head of its own"
-        yield Try(None, {"w": {"head": lambda get: get("embed_tokens")}}, words)
-
-
-def unnormed(bench: Bench) -> Iterator[Try]:
-    """The head without the final norm."""
-    hidden = bench.value("post_ffn_residual", bench.config.num_hidden_layers - 1)
-    if hidden is not None:
-        yield Try(None, {"x": {0: hidden}}, "the head reads the hidden state without the final norm")

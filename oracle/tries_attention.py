@@ -9,6 +9,7 @@ import numpy as np
 
 from oracle import fits
 from oracle.bench import Bench
+from oracle.deviations import visible
 from oracle.tries import Tries, Try, each
 
 OFFSETS = (1, -1, 2, -2, 3, -3, 4, -4)
@@ -131,6 +132,26 @@ def kv_map(kind: str) -> Tries:
             yield Try(kind, {"kv_map": kv_map}, f"query head h reads kv head {words}, not h // G")
 
     return tries
+
+
+def kv_fitted(bench: Bench) -> Iterator[Try]:
+    """For each query head the kv head that comes nearest to what the engine has."""
+    H, K = bench.config.num_attention_heads, bench.config.num_key_value_heads
+    if not bench.shown or K == 1:
+        return
+    apart = np.stack([_by_head(bench, np.full(H, head)) for head in range(K)])
+    found = apart.argmin(axis=0)
+    if np.isfinite(apart).all() and not np.array_equal(found, np.arange(H) // (H // K)):
+        yield Try(found.tolist(), {"kv_map": found}, f"query heads read the kv heads {found.tolist()}", fitted=True)
+
+
+def _by_head(bench: Bench, kv_map: np.ndarray) -> np.ndarray:
+    """The square error of each query head [H] with these kv heads."""
+    difference = bench.run({"kv_map": kv_map}) - bench.engine
+    if bench.stage == "attention":
+        return np.square(difference).reshape(len(difference), len(kv_map), -1).sum(axis=(0, 2))
+    seen = visible(bench.stage, bench.engine, bench.case.positions)
+    return np.square(np.where(seen, difference, 0.0)).sum(axis=(1, 2))
 
 
 def window(bench: Bench) -> Iterator[Try]:

@@ -11,6 +11,13 @@ from oracle.bench import Bench, Get, Pick
 from oracle.tries import Try
 
 
+def head_norm_permuted(bench: Bench) -> Iterator[Try]:
+    """A head norm's weight in turns from its halves, as q and k are permuted for Llama."""
+    (field,) = bench.row.params
+    for kind, shape in (("turns", (1, 2, -1)), ("halves", (1, bench.config.head_dim // 2, 2))):
+        yield Try(kind, {"w": {field: partial(_turned, shape)}}, f"{field} lies in {kind}, as in Llama's GGUF")
+
+
 def neighbour(bench: Bench) -> Iterator[Try]:
     """The biases of the other layer that what was added is nearest to."""
     layer, count = bench.layer, bench.config.num_hidden_layers

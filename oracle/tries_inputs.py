@@ -89,9 +89,9 @@ def _before(bench: Bench) -> Iterator[tuple[str, Key]]:
             (f"{name} of the layer before", (last, name)) for name in _LATE if STAGES[name].exists(config, last)
         )
         return
-    for name, stage in STAGES.items():
-        if name == bench.stage:
-            return
+    names = list(STAGES)
+    for name in reversed(names[: names.index(bench.stage)]):  # of those that come to the same the nearest
+        stage = STAGES[name]
         if name not in ("embedding", INDICES) and stage.exists(config, layer):
             yield name, (layer, name)
 

@@ -12,6 +12,7 @@ import numpy as np
 from oracle.bench import Bench, Get
 from oracle.tries import Try
 
+FLOAT8: dict[str, Any] = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 HALF: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -35,6 +36,17 @@ def weights(bench: Bench) -> Iterator[Try]:
         yield Try(name, {"w": picks}, f"its weights are rounded to {name}, the checkpoint's have more bits")
 
 
+def inputs(bench: Bench) -> Iterator[Try]:
+    """What a product reads, rounded before it, alone or with its weights."""
+    x = bench.x[0]
+    for name, dtype in _coarser(bench).items():
+        rows = {0: _rounded(dtype, x)}
+        yield Try(name, {"x": rows}, f"its input is rounded to {name} before the product")
+        picks = {field: partial(_narrowed, dtype) for field in bench.row.params}
+        yield Try(f"{name} both", {"x": rows, "w": picks}, f"its input and its weights are rounded to {name}")
+    yield Try("int8", {"x": {0: int8(x)}}, "its input is rounded to int8, a scale for each row")
+
+
 def _narrowed(dtype: Any, get: Get) -> np.ndarray:
     return get().astype(dtype).astype(np.float64)
 
@@ -54,6 +66,7 @@ def int8_result(bench: Bench) -> Iterator[Try]:
 def cached(bench: Bench) -> Iterator[Try]:
     """k or v read from a cache with fewer bits."""
     kinds: dict[str, Callable[[np.ndarray], np.ndarray]] = {"int8": int8}
+    kinds |= {name: partial(_rounded, dtype) for name, dtype in FLOAT8.items()}
     for name, dtype in _coarser(bench).items():
         kinds[name] = partial(_rounded, dtype)
     K, h, start = bench.config.num_key_value_heads, bench.config.head_dim, bench.settings.get("start", 0)

@@ -20,9 +20,8 @@ SLACK = 2.0**-20
 
 
 def norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """RMSNorm of rows: `skip`, `centre` (LayerNorm), `eps`, `outside`: where eps is added; `size`: "sum" or "absolute".
-
-    The weight: `power`, 0 for none, and `plus_one`.
+    """RMSNorm of rows: `skip`, `centre` (LayerNorm), `eps`, `outside`: where eps is added; `size`: "sum", "absolute"
+    or "unrooted". The weight: `power`, 0 for none, `plus_one`, and `weight_first`: it is applied before the norm.
     """
     (weight,) = w.values()
     return x[0] if s.get("skip") else _normed(x[0], weight, s)
@@ -42,6 +41,8 @@ def head_norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def _normed(x: Array, weight: Array, s: Switches) -> Array:
+    if s.get("weight_first"):
+        x, weight = x * weight, np.ones_like(weight)
     if s.get("centre"):
         x = x - x.mean(axis=-1, keepdims=True)
     size, outside = np.square(x).mean(axis=-1, keepdims=True), s.get("outside")
@@ -49,6 +50,8 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
         size = size * x.shape[-1]
     if s.get("size") == "absolute":
         unit = x / (np.abs(x).mean(axis=-1, keepdims=True) + s["eps"])
+    elif s.get("size") == "unrooted":
+        unit = x / (size + s["eps"])
     elif outside == "reciprocal":
         unit = x * (1 / np.sqrt(size) + s["eps"])
     else:
@@ -57,8 +60,9 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
 
 
 def qkv_matmul(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """Three products side by side; `order`: which matrix stands where."""
-    return np.concatenate([x[0] @ w[f"{part}_proj"].T for part in s.get("order", "qkv")], axis=-1)
+    """Three products side by side; `order`: which matrix stands where; `rows`: an order of columns."""
+    found = np.concatenate([x[0] @ w[f"{part}_proj"].T for part in s.get("order", "qkv")], axis=-1)
+    return found[:, s["rows"]] if "rows" in s else found
 
 
 def qkv_bias(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -68,9 +72,10 @@ def qkv_bias(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def linear(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """x·Wᵀ; `plus` is added, `times` multiplied, `cap` caps."""
+    """x·Wᵀ; `plus` is added, `times` multiplied, `cap` caps; `after` is applied to the rows."""
     (weight,) = w.values()
-    return capped(s.get("times", 1.0) * (x[0] @ weight.T) + s.get("plus", 0.0), s)
+    found = capped(s.get("times", 1.0) * (x[0] @ weight.T) + s.get("plus", 0.0), s)
+    return s["after"](found) if "after" in s else found
 
 
 def add(x: list[Array], w: dict[str, Array], s: Switches) -> Array:

@@ -20,6 +20,7 @@ def capped(x: Array, s: Switches) -> Array:
 def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """RoPE: `interleaved`, `theta`, `offset`, `sign`, `stretch`, `partial`, `scaling`, `magnitude`, `tables`, `skip`.
 
+    `exchanged`: cos and sin; `by_head`: heads are taken for positions; `kept`: the dtype of frequencies; `times`.
     `raw` are rows to rotate instead; `after` is applied to what was rotated [S, heads, h]; `offset` may be one a row.
     """
     heads, h = s["heads"], s["head_dim"]
@@ -29,10 +30,16 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         return values.reshape(len(values), -1)
     width = int(h * s.get("partial", 1.0))
     frequencies = s["frequencies"] if "frequencies" in s else inverse_frequencies(width, s["theta"], s["scaling"])
-    positions = x[1] + np.asarray(s.get("offset", 0))
-    angles = s.get("sign", 1) * positions[:, None, None] * frequencies / s.get("stretch", 1.0)
+    if kept := s.get("kept"):
+        frequencies = frequencies.astype(kept).astype(np.float64)
+    positions = (x[1] + np.asarray(s.get("offset", 0)))[:, None, None]
+    if s.get("by_head"):
+        positions = np.arange(heads)[None, :, None]
+    angles = s.get("sign", 1) * positions * frequencies / s.get("stretch", 1.0)
     magnitude = s.get("magnitude", 1.0 if s["scaling"] is None else s["scaling"].attention_factor)
     cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
+    if s.get("exchanged"):
+        cos, sin = sin, cos
     if tables := s.get("tables"):
         cos, sin = (t.astype(tables).astype(np.float64) for t in (cos, sin))
     turned, rest = values[..., :width], values[..., width:]
@@ -44,7 +51,7 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     found = np.concatenate([turned, rest], axis=-1)
     found = s["after"](found) if "after" in s else found
-    return found.reshape(len(found), -1)
+    return s.get("times", 1.0) * found.reshape(len(found), -1)
 
 
 def attn_scores(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -59,7 +66,9 @@ def attn_scores(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """`nearest` and `window`: how far back keys are seen; `unmasked`, `over_queries`, `masked_after`, `undivided`.
 
-    Of the scores: `cap`, and `heat`, which they are multiplied with (0: a mean over keys).
+    `seen`: a mask [S, T] or [H, S, T]; `masked`: a number in place of minus infinity; `plus`: what the sum has
+    besides, "zero" (a key with score 0) or "greatest" (one as great as the greatest). Of the scores: `cap`, and `heat`,
+    which they are multiplied with (0: a mean over keys).
     """
     back = x[1][:, None] - x[2][None, :]
     seen = back >= s.get("nearest", 0)
@@ -67,15 +76,16 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         seen |= (x[1][:, None] == 0) & (back == 0)  # a softmax over nothing would be a NaN
     if s["window"] is not None:
         seen &= back < s["window"]
-    if s.get("unmasked"):
-        seen = np.ones_like(seen)
+    seen = s.get("seen", np.ones_like(seen) if s.get("unmasked") else seen)
     allowed = np.ones_like(seen) if s.get("masked_after") else seen
     axis = -2 if s.get("over_queries") else -1
-    masked = np.where(allowed, s.get("heat", 1.0) * capped(x[0], s), -np.inf)
+    masked = np.where(allowed, s.get("heat", 1.0) * capped(x[0], s), s.get("masked", -np.inf))
     with np.errstate(invalid="ignore"):
-        powers = np.exp(masked - masked.max(axis=axis, keepdims=True))
-    found = np.nan_to_num(powers / (1 if s.get("undivided") else powers.sum(axis=axis, keepdims=True)))
-    return np.where(seen, found, 0.0)
+        greatest = masked.max(axis=axis, keepdims=True)
+        powers = np.exp(masked - greatest)
+        plus = {"zero": np.exp(-greatest), "greatest": 1.0}.get(s.get("plus", ""), 0.0)
+    found = np.nan_to_num(powers / (1 if s.get("undivided") else plus + powers.sum(axis=axis, keepdims=True)))
+    return found if "masked" in s else np.where(seen, found, 0.0)
 
 
 def attention(x: list[Array], w: dict[str, Array], s: Switches) -> Array:

@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu_squared": lambda x: np.square(np.maximum(x, 0)),
     "gelu_quick": lambda x: x * expit(1.702 * x),
     "sigmoid": expit,
+    "tanh": np.tanh,
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
 }
 
 
@@ -27,21 +29,31 @@ def silu(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def multiply(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """silu(gate)·up; with `gate`, silu(gate·up); `both`: silu(gate)·silu(up)."""
+    """silu(gate)·up; with `gate`, silu(gate·up); `both`: silu(gate)·silu(up); `up` as in `_other_up`."""
+    if "up" in s:
+        return _other_up(x[0], x[1], s["up"])
     up = ACTIVATIONS["silu"](x[1]) if s.get("both") else x[1]
     return ACTIVATIONS["silu"](s["gate"] * up) if "gate" in s else x[0] * up
 
 
 def swiglu(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`activation`; `on_product`; `both`: silu(gate)·silu(up); `exchanged`: silu(up)·gate."""
+    """`activation`; `on_product`; `both`: silu(gate)·silu(up); `exchanged`: silu(up)·gate; `up`."""
     gate, up = x[::-1] if s.get("exchanged") else x
     act = ACTIVATIONS[s.get("activation", "silu")]
+    if "up" in s:
+        return _other_up(act(gate), up, s["up"])
     up = act(up) if s.get("both") else up
     return act(gate * up) if s.get("on_product") else act(gate) * up
 
 
+def _other_up(act: Array, up: Array, how: str) -> Array:
+    """`how` silu(gate) meets up: "missing", "added", or "plus_one" as in GPT-OSS."""
+    return {"missing": act, "added": act + up, "plus_one": act * (up + 1)}[how]
+
+
 def moe_router(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`renormalise`, `count`, `kind` ("softmax", "sigmoid", "after": over the chosen alone), `logits` as a dtype.
+    """`renormalise`, `count`, `kind` ("softmax", "sigmoid", "after": over the chosen
+    alone, "twice", "equal", "raw": the logits), `logits` as a dtype.
 
     `times` multiplies the weights.
     """
@@ -54,7 +66,13 @@ def _router(x: list[Array], s: Switches) -> Array:
     best = np.argsort(-logits, axis=1, kind="stable")[:, : s["count"]]
     if s.get("kind") == "after":
         return _softmax(np.take_along_axis(logits, best, axis=1))
+    if s.get("kind") == "raw":
+        return np.take_along_axis(logits, best, axis=1)
+    if s.get("kind") == "equal":
+        return np.full(best.shape, 1 / best.shape[1])
     found = np.take_along_axis(chances, best, axis=1)
+    if s.get("kind") == "twice":
+        return _softmax(found / found.sum(axis=1, keepdims=True) if s["renormalise"] else found)
     return found / found.sum(axis=1, keepdims=True) if s["renormalise"] else found
 
 

@@ -42,7 +42,11 @@ def _project(here: Place, x: Tensor) -> tuple[Tensor, ...]:
     taken = dict(zip(PARTS, order, strict=True))
     parts = [here.product(x, f"self_attn.{taken[part]}_proj.weight") for part in PARTS]
     widths = [part.shape[-1] for part in parts]
-    row = here.emit("qkv_matmul", torch.cat(parts, dim=-1))
+    fused = torch.cat(parts, dim=-1)
+    if here.fault("qkv_grouped/flat"):
+        q, k, v = (part.unflatten(-1, (here.kv_heads, -1)) for part in fused.split(widths, dim=-1))
+        fused = torch.cat([q, k, v], dim=-1).flatten(-2)
+    row = here.emit("qkv_matmul", fused)
     if here.has("self_attn.q_proj.bias"):
         bias = torch.cat(
             [_bias(here, part, here.weight(f"{role}.bias")) for part, role in zip(PARTS, roles, strict=True)]
@@ -85,6 +89,8 @@ def _kv_head(here: Place, what: str) -> Tensor:
     if here.fault(f"{what}_modulo"):
         return head % here.kv_heads
     group = head // (here.heads // here.kv_heads)
+    if here.fault(f"{what}_other"):
+        return (head + 1) // (here.heads // here.kv_heads) % here.kv_heads
     if here.fault(f"{what}_next"):
         return (group + 1) % here.kv_heads
     return here.kv_heads - 1 - group if here.fault(f"{what}_reversed") else group
@@ -120,6 +126,11 @@ def _softmax(here: Place, scores: Tensor) -> Tensor:
         return here.round((scores - scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)).exp() * seen)
     if here.fault("softmax_masked_after"):
         return here.round(scores.softmax(-1) * seen)
+    if here.fault("softmax_plus_one"):
+        sink = torch.zeros_like(scores[..., :1])
+        return here.round(torch.cat([scores.masked_fill(~seen, -torch.inf), sink], dim=-1).softmax(-1)[..., :-1])
+    if value := here.argument("mask_value"):
+        return here.round(scores.masked_fill(~seen, float(value)).softmax(-1))
     axis = -2 if here.fault("softmax_query_axis") else -1
     return here.round(scores.masked_fill(~seen, -torch.inf).softmax(axis))
 
@@ -134,8 +145,24 @@ def _visible(here: Place, count: int) -> Tensor:
         seen[0, 0] = True  # or its softmax would be over nothing
         return seen
     seen = back >= (-1 if here.fault("mask_ahead") else 0)
+    seen = _pattern(here, seen, torch.arange(count))
     window = _window(here)
     return seen if window is None else seen & (back < window)
+
+
+def _pattern(here: Place, seen: Tensor, place: Tensor) -> Tensor:
+    """A causal mask that is not quite one."""
+    if first := here.argument("mask_hidden"):
+        return seen & ((place >= int(first)) | (place[:, None] == place))
+    if size := here.argument("mask_chunks"):
+        return seen & (place[:, None] // int(size) == place // int(size))
+    if start := here.argument("mask_documents"):
+        return seen & ((place[:, None] < int(start)) == (place < int(start)))
+    if end := here.argument("mask_prefix"):
+        return seen | (place < int(end))
+    if here.fault("mask_other"):
+        return seen & (place % 5 != 3)
+    return seen
 
 
 def _window(here: Place) -> int | None:

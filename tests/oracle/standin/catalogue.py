@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.oracle.standin.catalogue_more import GROUPS
+from tests.oracle.standin import catalogue_engines, catalogue_more
 from tests.oracle.standin.planted import Planted, hint, row
 
 BIASED, NORMED, DENSE, MOE = ("qwen2",), ("qwen3", "qwen3_moe"), ("qwen2", "qwen3"), ("qwen3_moe",)
@@ -185,5 +185,18 @@ def _table(*groups: list[Planted]) -> dict[str, Planted]:
     return {planted.name: planted for group in groups for planted in group}
 
 
-FAULTS = _table(EMBEDDING, NORMS, QKV, ROTARY, ATTENTION, RESIDUALS, FEED_FORWARD, EXPERTS, HEAD, HINTS, *GROUPS)
+FAULTS = _table(
+    EMBEDDING,
+    NORMS,
+    QKV,
+    ROTARY,
+    ATTENTION,
+    RESIDUALS,
+    FEED_FORWARD,
+    EXPERTS,
+    HEAD,
+    HINTS,
+    *catalogue_more.GROUPS,
+    *catalogue_engines.GROUPS,
+)
 EXTRAS = _table(MORE)

@@ -66,6 +66,8 @@ def _add(here: Place, stage: str, hidden: Tensor, normed: Tensor, branch: Tensor
     """The hidden state with a branch added."""
     hidden, branch = here.read(stage, hidden), here.read(f"{stage}.second", branch)
     total = hidden + branch
+    if factor := here.argument(f"residual_scaled/{stage}"):
+        total = hidden + here.round(branch.float() * float(factor))
     if here.fault(f"residual_missing/{stage}"):
         total = branch
     if here.fault(f"residual_doubled/{stage}"):
@@ -88,4 +90,6 @@ def _head(here: Place, hidden: Tensor) -> None:
         logits = logits * float(factor)
     if limit := here.argument("logits_capped"):
         logits = here.round(float(limit) * (logits.float() / float(limit)).tanh())
-    here.emit("lm_head", logits)
+    if here.fault("logits_normalised"):
+        logits = here.round(logits.float().log_softmax(-1))
+    here.emit("lm_head", logits.roll(1, -1) if here.fault("logits_rolled") else logits)

@@ -23,8 +23,14 @@ def feed_forward(here: Place, x: Tensor) -> Tensor:
 
 def _dense(here: Place, x: Tensor) -> Tensor:
     roles = ("up_proj", "gate_proj") if here.fault("gate_up_swapped") else ("gate_proj", "up_proj")
-    gate = here.emit("ffn_gate", here.linear(here.read("ffn_gate", x), f"mlp.{roles[0]}.weight"))
-    up = here.emit("ffn_up", here.linear(here.read("ffn_up", x), f"mlp.{roles[1]}.weight"))
+    gate = here.linear(here.read("ffn_gate", x), f"mlp.{roles[0]}.weight")
+    up = here.linear(here.read("ffn_up", x), f"mlp.{roles[1]}.weight")
+    if here.fault("gate_up_interleaved/turns"):
+        fused = torch.cat([gate, up], dim=-1)
+        gate, up = fused[..., 0::2], fused[..., 1::2]
+    if here.fault("gate_up_interleaved/halves"):
+        gate, up = torch.stack([gate, up], dim=-1).flatten(-2).chunk(2, dim=-1)
+    gate, up = here.emit("ffn_gate", gate), here.emit("ffn_up", up)
     if here.fault("silu_on_up"):
         gate, up = up, gate
     act = here.emit("ffn_silu", _activated(here, gate))
@@ -46,6 +52,10 @@ def _activated(here: Place, gate: Tensor) -> Tensor:
         act = gate / (1 + (-1.702 * gate).exp())
     elif here.fault("silu_missing/sigmoid"):
         act = gate.sigmoid()
+    elif here.fault("silu_missing/tanh"):
+        act = gate.tanh()
+    elif here.fault("silu_missing/hardswish"):
+        act = F.hardswish(gate)
     elif here.fault("silu_missing/relu_squared"):
         act = F.relu(gate) ** 2
     else:
@@ -58,7 +68,11 @@ def _gated(here: Place, act: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         return here.round(F.silu((gate * up).float()))
     if here.fault("silu_on_both"):
         return here.round(act.float() * F.silu(up.float()))
-    return act * up
+    if here.fault("up_missing"):
+        return act
+    if here.fault("up_added"):
+        return act + up
+    return act * (up + 1 if here.fault("up_plus_one") else up)
 
 
 def _mixture(here: Place, x: Tensor) -> Tensor:
@@ -90,6 +104,12 @@ def _route(here: Place, x: Tensor) -> tuple[Tensor, Tensor]:
         renormalised = not renormalised
     if renormalised:
         shares = shares / shares.sum(-1, keepdim=True)
+    if here.fault("router_softmax_twice"):
+        shares = shares.softmax(-1)
+    if here.fault("router_equal"):
+        shares = torch.full_like(shares, 1 / count)
+    if here.fault("router_raw"):
+        shares = logits.gather(1, ids)
     if factor := here.argument("scaled/moe_router"):
         shares = shares * float(factor)
     return here.emit("moe_router", here.round(shares)), here.emit("moe_router_indices", ids)

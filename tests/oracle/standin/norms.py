@@ -22,6 +22,11 @@ def rms_norm(here: Place, stage: str, x: Tensor) -> Tensor:
     x = here.read(stage, x)
     if here.fault(f"norm_missing/{stage}"):
         return x
+    if here.fault("norm_weight_other/final_norm"):
+        first = here.weight(f"model.layers.0.{ROLES['attn_norm']}")
+        return first * _normed(here, stage, x, (-1,))
+    if here.fault(f"norm_weight_first/{stage}"):
+        return _normed(here, stage, here.weight(ROLES[stage]) * x, (-1,))
     role = ROLES[_OTHER[stage]] if here.fault(f"norm_weight_other/{stage}") else ROLES[stage]
     return _weighted(here, stage, _normed(here, stage, x, (-1,)), role)
 
@@ -46,6 +51,8 @@ def _normed(here: Place, stage: str, x: Tensor, over: tuple[int, ...]) -> Tensor
         x = x - x.mean(over, keepdim=True)
     if here.fault(f"norm_sum/{stage}"):
         return here.round(x * torch.rsqrt(x.square().sum(over, keepdim=True) + eps))
+    if here.fault(f"norm_unrooted/{stage}"):
+        return here.round(x / (x.square().mean(over, keepdim=True) + eps))
     if here.fault(f"norm_absolute/{stage}"):
         return here.round(x / (x.abs().mean(over, keepdim=True) + eps))
     return here.round(x * torch.rsqrt(x.square().mean(over, keepdim=True) + eps))
@@ -55,6 +62,8 @@ def _weighted(here: Place, stage: str, normed: Tensor, role: str) -> Tensor:
     if here.fault(f"norm_weight_missing/{stage}"):
         return normed
     weight = here.weight(role)
+    if here.fault(f"head_norm_permuted/{stage}"):
+        weight = weight.view(2, -1).T.flatten()
     if here.fault(f"norm_one_plus_w/{stage}", *(["norm_one_plus_w/head_norm"] if normed.dim() == 3 else [])):
         weight = weight + 1
     if here.fault(f"norm_weight_twice/{stage}"):

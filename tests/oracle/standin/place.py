@@ -103,7 +103,10 @@ class Place:
 
     def product(self, x: Tensor, role: str) -> Tensor:
         """x·Wᵀ in float32."""
-        return x.float() @ self.weight(role).float().T
+        x, weight, short = x.float(), self.weight(role).float(), role.split(".")[-2]
+        if kept := self.argument(f"input_rounded/{short}"):
+            x = x.to(getattr(torch, kept)).float()
+        return x @ weight.T
 
     def has(self, role: str) -> bool:
         """Whether the checkpoint has such a tensor at this layer."""
@@ -125,6 +128,8 @@ class Place:
             values = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
         if self.fault(f"weight_transposed/{short}"):
             values = values.reshape(values.shape[::-1]).T
+        if self.fault(f"weight_transposed/{short}/columns"):
+            values = values.T.reshape(values.shape)
         if self.fault(f"weight_permuted/{short}/halves"):
             halves = values.reshape(-1, 2, self.head_dim // 2, values.shape[-1])
             values = halves.swapaxes(1, 2).reshape(values.shape)

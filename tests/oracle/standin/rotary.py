@@ -17,6 +17,13 @@ def rotate(here: Place, part: str, x: Tensor) -> Tensor:
     if here.fault("rope_missing", f"rope_missing/{part}"):
         return x
     cos, sin = _tables(here, x.shape[0])
+    if here.fault("rope_by_head"):
+        cos, sin = _tables(here, x.shape[1])
+        cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
+    if here.fault("rope_exchanged"):
+        cos, sin = sin, cos
+    if factor := here.argument("rope_scaled"):
+        cos, sin = cos * float(factor), sin * float(factor)
     if here.fault("rope_reversed"):
         sin = -sin
     turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
@@ -36,10 +43,14 @@ def _tables(here: Place, count: int) -> tuple[Tensor, Tensor]:
     positions = torch.arange(count)
     positions = torch.where(positions < 6, positions, positions - 6) if offset == "anew" else positions + int(offset)
     positions = 2 * positions if here.fault("rope_doubled") else positions
+    if kept := here.argument("rope_half_frequencies"):
+        frequencies = frequencies.to(getattr(torch, kept)).float()
     angles = positions[:, None, None].float() * frequencies
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     if here.fault("rope_half_tables"):
         cos, sin = cos.half().float(), sin.half().float()
+    if here.fault("rope_half_tables/bfloat16"):
+        cos, sin = cos.bfloat16().float(), sin.bfloat16().float()
     return here.round(cos), here.round(sin)
 
 
