@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from oracle.chain import Chain, Changes, Trial, merged
+from oracle.hypotheses import HYPOTHESES
 from oracle.local import DRIFT, Local
 
 # A hypothesis must leave so many times less than what was wrong, and others so many times more than it.
@@ -114,7 +115,7 @@ def _winner(chain: Chain, scored: list[Scored], row: Local) -> Scored | None:
     chosen = [each for each in fitting if not each.trial.generic] or fitting
     if not chosen:
         return None
-    best, same = chosen[0], []
+    best, same = chosen[0], [chosen[0].trial.name]
     for other in scored:
         if other.error >= AHEAD * max(best.error, row.floor / 16):
             break
@@ -123,8 +124,16 @@ def _winner(chain: Chain, scored: list[Scored], row: Local) -> Scored | None:
         if not _equal(chain, best.trial, other.trial):
             return None
         same.append(other.trial.name)
-    alike = [each for each in chosen if each.trial.name == best.trial.name and _alike(each, best)]
-    return replace(min(alike, key=lambda each: each.place), same=tuple(dict.fromkeys(same)))
+    # Of names for one and the same computation the first one in the table is the plainest.
+    name = min((each.trial.name for each in chosen if each.trial.name in same), key=_row)
+    alike = [each for each in chosen if each.trial.name == name and _alike(each, best)]
+    others = tuple(other for other in dict.fromkeys(same) if other != name)
+    return replace(min(alike, key=lambda each: each.place), same=others)
+
+
+def _row(name: str) -> int:
+    """Where a hypothesis stands in the table; pairs come last."""
+    return next((i for i, row in enumerate(HYPOTHESES) if row.name == name), len(HYPOTHESES))
 
 
 def _alike(other: Scored, best: Scored) -> bool:

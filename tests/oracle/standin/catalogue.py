@@ -185,18 +185,6 @@ def _table(*groups: list[Planted]) -> dict[str, Planted]:
     return {planted.name: planted for group in groups for planted in group}
 
 
-FAULTS = _table(
-    EMBEDDING,
-    NORMS,
-    QKV,
-    ROTARY,
-    ATTENTION,
-    RESIDUALS,
-    FEED_FORWARD,
-    EXPERTS,
-    HEAD,
-    HINTS,
-    *catalogue_more.GROUPS,
-    *catalogue_engines.GROUPS,
-)
+GROUPS = (EMBEDDING, NORMS, QKV, ROTARY, ATTENTION, RESIDUALS, FEED_FORWARD, EXPERTS, HEAD, HINTS)
+FAULTS = _table(*GROUPS, *catalogue_more.GROUPS, *catalogue_engines.GROUPS)
 EXTRAS = _table(MORE)

@@ -44,7 +44,8 @@ ATTENTION = [
     row("kv_heads_other", "attn_scores", **K3),
     row("v_heads_other", "attention", **K3),
     row("softmax_plus_one", "attn_softmax", "zero"),
-    row("mask_value/-10", "attn_softmax", -10.0),
+    row("mask_value/0", "attn_softmax", 0.0),
+    row("mask_value/-10", "attn_softmax", -10.0, dtypes=F32),  # float16 hides it
     row("mask_hidden/2", "attn_softmax", 2),
     row("mask_chunks/8", "attn_softmax", 8),
     row("mask_documents/9", "attn_softmax", 9),

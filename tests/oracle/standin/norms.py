@@ -22,7 +22,7 @@ def rms_norm(here: Place, stage: str, x: Tensor) -> Tensor:
     x = here.read(stage, x)
     if here.fault(f"norm_missing/{stage}"):
         return x
-    if here.fault("norm_weight_other/final_norm"):
+    if stage == "final_norm" and here.fault("norm_weight_other/final_norm"):
         first = here.weight(f"model.layers.0.{ROLES['attn_norm']}")
         return first * _normed(here, stage, x, (-1,))
     if here.fault(f"norm_weight_first/{stage}"):
