@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from ml_dtypes import finfo
 
 from oracle.bench import Bench
 from oracle.tries import Tries, Try
@@ -15,6 +16,8 @@ INSTEAD = (0.0, -1.0, -10.0, -100.0)
 FIRST, CHUNKS = (1, 2, 3, 4), tuple(2**n for n in range(2, 13))
 # Where a document begins or a prefix ends can be anywhere: up to so many positions each is tried.
 SHORT = 64
+# float32 may take less than this for zero on its way.
+TINY = 1e-30
 
 
 def masked_as(bench: Bench) -> Iterator[Try]:
@@ -55,7 +58,7 @@ def _shown(bench: Bench) -> np.ndarray | None:
     shown = bench.engine > 0
     right = _causal(bench)
     # A weight may be too small for the engine's numbers, and then nothing tells it from a hidden key.
-    shown |= right & (bench.run({}) < 1e-30)
+    shown |= right & (bench.run({}) < max(TINY, 2 * float(finfo(bench.replay.emulated.compute).smallest_subnormal)))
     return None if (shown == right).all() or not np.isfinite(bench.engine).all() else shown
 
 

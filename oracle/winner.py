@@ -149,9 +149,10 @@ def _equal(chain: Chain, first: Trial, second: Trial) -> bool:
 
 
 def _pairs(chain: Chain, scored: list[Scored]) -> Iterator[Scored]:
-    """Two hypotheses at once, where they switch different things."""
-    tried = [each.trial for each in scored if not each.trial.generic]
-    for first, second in combinations(tried[: PAIRED_THROUGH if chain.missing else PAIRED], 2):
+    """Two hypotheses at once, where they switch different things and either alone leaves GAIN times more."""
+    tried = [each for each in scored if not each.trial.generic][: PAIRED_THROUGH if chain.missing else PAIRED]
+    for one, other in combinations(tried, 2):
+        first, second = one.trial, other.trial
         if first.name == second.name and _kinds(first) == [kinds - {"w"} for kinds in _kinds(second)]:
             continue
         changes = _together(first.changes, second.changes)
@@ -159,7 +160,9 @@ def _pairs(chain: Chain, scored: list[Scored]) -> Iterator[Scored]:
             continue
         words = f"{first.words}; and {second.words}"
         both = Trial(f"{first.name}+{second.name}", [first.parameter, second.parameter], words, changes)
-        yield Scored(both, chain.error(changes), _through(chain, both))
+        error = chain.error(changes)
+        if error * GAIN <= min(one.error, other.error):
+            yield Scored(both, error, _through(chain, both))
 
 
 def _kinds(trial: Trial) -> list[set[str]]:
