@@ -63,9 +63,12 @@ def thetas(bench: Bench) -> Iterator[float]:
 
 
 def stretches(bench: Bench) -> Iterator[float]:
-    """Factors that people use, and the one between all angles and those that should be, where these are shown."""
+    """Factors that people use, and the one between all angles and those that should be, where two positions show it.
+
+    At one position alone, a decode step's, any number added to it is a factor too.
+    """
     yield from STRETCHES
-    found = _angles(bench) if bench.shown else None
+    found = _angles(bench) if bench.shown and sum(p > 0 for p in bench.case.positions) > 1 else None
     if found is None:
         return
     position, angles = found

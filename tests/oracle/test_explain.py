@@ -104,6 +104,20 @@ def test_two_faults_of_one_stage_are_named_together(models: Models, tmp_path: Pa
     ]
 
 
+@pytest.mark.parametrize("offset", [1, -1, 17])
+def test_a_decode_step_at_the_wrong_position_is_named(models: Models, tmp_path: Path, offset: int) -> None:
+    raw, weights, checkpoint = models.get("qwen2", CLEAN)
+    trace = run(raw, weights, TOKENS, "float32", {f"rope_positions/{offset}": {LAYER}})
+    by_head = ("attn_scores", "attn_softmax")
+    write(tmp_path, {key: x[:, -1:] if key[1] in by_head else x[-1:] for key, x in trace.items()})
+    named = {
+        cause.stage: (cause.explanation.hypothesis, cause.explanation.parameter)
+        for cause in explain(checkpoint, tmp_path, TOKENS).causes
+        if cause.explanation is not None
+    }
+    assert named == {"q_post_rope": ("rope_positions", offset), "k_post_rope": ("rope_positions", offset)}
+
+
 def test_one_head_one_percent_off_is_found_and_named(models: Models, tmp_path: Path) -> None:
     result = told(models, tmp_path, "qwen2", {"head_scaled/attention": {1}})
     (fault,) = result.found.faults
