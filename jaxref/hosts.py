@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jaxref.transport import listen_for, own_stdout
 from weights import UserError
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def joined(hosts: Hosts | None) -> Iterator[Crew | None]:
 
 def _connect(hosts: Hosts) -> None:
     """`jax.distributed.initialize` in a thread: in this one, it could neither be interrupted nor end but in a crash."""
-    _own_stdout()
+    own_stdout()
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which ends a dump in order
     faults: list[Exception] = []
 
@@ -172,14 +173,8 @@ def _connect(hosts: Hosts) -> None:
         raise UserError(f"--hosts: the processes did not find each other within {CONNECT} s: are all of them started?")
     if faults:
         raise UserError(f"--hosts: {_first_line(faults[0])}")
-
-
-def _own_stdout() -> None:
-    """Let what JAX's transport prints on stdout, past Python, go to stderr."""
-    sys.stdout.flush()
-    stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
-    os.dup2(2, 1)
-    sys.stdout = stdout
+    if hosts.address is not None:
+        listen_for(hosts.address)
 
 
 def _leave(code: int) -> None:

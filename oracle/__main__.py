@@ -80,9 +80,9 @@ def compare(as_json: bool, junit: Path | None, html: Path | None, **options: Any
 
 
 def _compare(options: dict[str, Any]) -> Any:
-    from oracle.comparer import Options
     from oracle.comparer import compare as run_compare
-    from oracle.verdict import compile_missing, parse_tolerance
+    from oracle.rules import Options
+    from oracle.tolerances import compile_missing, parse_tolerance
 
     reference, test, hf = (options.pop(name) for name in ("reference", "test", "hf"))
     tolerances = tuple(parse_tolerance(text) for text in options.pop("tolerances"))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxref.stages import Key
+from oracle.case import Unknown, narrowed, rows_at
 from oracle.engine_tree import Value
 from oracle.judge import judged
-from oracle.replay import Replay, Unknown, narrowed, rows_at
+from oracle.replay import Replay
 from oracle.trees import path_of
 
 SUM, BRANCH, NORM = "post_attn_residual", "attn_out", "attn_norm"

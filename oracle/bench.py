@@ -8,9 +8,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jaxref.stages import STAGES
+from oracle.case import Case, rows_at
 from oracle.deviations import distance, drift
 from oracle.engine_tree import Value
-from oracle.replay import Case, Replay, rows_at
+from oracle.replay import Replay
 from oracle.variants import Switches, variant_of
 from weights.names import layer_rows
 from weights.params import expert_names, layer_names

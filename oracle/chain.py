@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxref.stages import STAGES, Key
 from oracle.bench import Bench
+from oracle.case import Case, narrowed
 from oracle.deviations import drift
 from oracle.engine_tree import Value
 from oracle.hypotheses import HYPOTHESES, Hypothesis, about
-from oracle.replay import Case, Replay, narrowed
+from oracle.replay import Replay
 from oracle.tries import Try
 from oracle.variants import Switches
 

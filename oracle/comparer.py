@@ -4,38 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from jaxref.stages import STAGES, Key
 from oracle import experts
+from oracle.blame import blame_first, blame_nobody
 from oracle.conventions import check_positions, mixed_up, of_model, recognise
 from oracle.experts import Choices
 from oracle.layouts import Misfit, Pair, View, single_position, view
 from oracle.measure import Stagewise, measure, worst_place
 from oracle.result import Comparison, Result, Skip
-from oracle.same import coarse_yardstick, same_run
-from oracle.trees import Tree, ordered, path_of
-from oracle.verdict import Blame, Judgement, Missing, Rules, Tolerance, Yardstick, coarser_of, judge, odd_one_out
+from oracle.rules import Options, rules_of
+from oracle.same import same_run
+from oracle.trees import Tree, ordered
+from oracle.verdict import Judgement, Yardstick, judge
 from weights import UserError
 from weights.errors import brief
 
 WORKERS = 2
 # After a near tie another expert ran: such positions may be off, but not by this much.
 AFTER_TIE = 0.5
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compare. `positions` (of the test's rows) and `test_dtype` are for trees whose manifest does not say."""
-
-    tolerances: tuple[Tolerance, ...] = ()
-    min_cosine: float | None = None
-    max_ratio: float = 2.0
-    allow_missing: Missing | None = None
-    accept_layout: bool = False
-    test_dtype: str | None = None
-    positions: tuple[int, ...] | None = None
 
 
 def compare(
@@ -73,7 +62,8 @@ class _Comparer:
             check_positions(tree, self.dims)
         self.notes += mixed_up(trees["reference"], trees["test"])
         self.single = {role: single_position(tree, self.dims) for role, tree in trees.items()}
-        self.rules = self._rules()
+        self.rules, notes = rules_of(trees, options, self.dims["S"])
+        self.notes += notes
         self.conventions = {role: recognise(tree) for role, tree in trees.items()}
         for role, convention in self.conventions.items():
             if convention is not None:
@@ -83,35 +73,6 @@ class _Comparer:
         self.misfits: dict[tuple[Key, str], Misfit] = {}  # by the tree's role
         for pattern in options.allow_missing.idle(trees["reference"].files) if options.allow_missing else []:
             self.notes.append(f"allow-missing {brief(pattern)}: no stage of the reference is called so")
-
-    def _rules(self) -> Rules:
-        test, hf = self.trees["test"], self.trees.get("hf")
-        yardstick = hf.stated_dtype if hf else None
-        dtype = self.options.test_dtype or test.stated_dtype or yardstick
-        if dtype is None:
-            dtype = test.guess_dtype()
-            self.notes.append(f"the test tree does not say its dtype; its values are those of {dtype} (--test-dtype)")
-        if yardstick is not None and yardstick != dtype:
-            raise UserError(f"the yardstick is {yardstick} and the test {dtype}; --hf takes a tree in the test's dtype")
-        if hf is not None:
-            self.notes += coarse_yardstick(hf, test, self.options.test_dtype)
-        reference = self.trees["reference"].stated_dtype or "float32"
-        rounded = coarser_of(dtype, test.stated_activations or dtype)
-        if rounded != dtype:
-            self.notes.append(f"the engine rounds activations to {rounded} before it multiplies: the bounds know")
-        if hf is not None and rounded != dtype and hf.stated_activations != test.stated_activations:
-            raise UserError(
-                f"the test rounds activations to {rounded} before it multiplies and the yardstick does not; make it by"
-                " `python -m jaxref dump MODEL.gguf --activations stored`"
-            )
-        return Rules(
-            dtype,
-            coarser_of(rounded, reference),
-            self.options.tolerances,
-            self.options.min_cosine,
-            self.options.max_ratio,
-            self.dims["S"],
-        )
 
     def run(self) -> Result:
         keys = list(self._comparable())
@@ -263,33 +224,15 @@ class _Comparer:
         """Fill in what only the first divergence needs: the last good stage, the worst place, the odd one out."""
         first = result.first
         if first is None:
-            result.blame = _nobody(result)
+            result.blame = blame_nobody(result)
             return
         before = result.comparisons[: result.comparisons.index(first)]
         result.last_good = before[-1].key if before else None
         pair = self._pair(first.key, "reference", "test")
         result.worst = worst_place(measure(pair, self.rules.dtype).pair) if pair else {}
-        result.blame = self._blame(first)
+        result.blame = blame_first(first, self.rules, lambda: self._apart(first.key))
 
-    def _blame(self, first: Comparison) -> Blame:
-        if first.hf is None:
-            if first.judgement.blame == "test":
-                return Blame("test", f"test: {first.judgement.fault}")
-            return Blame("none", "two trees cannot tell who is wrong; a third one by --hf can")
-        if first.judgement.blame == "test" and not first.hf.mismatched:
-            return Blame("test", f"test: {first.judgement.fault}")
-        pair = self._pair(first.key, "hf", "test")
-        between = measure(pair, self.rules.dtype).figures.relative_l2 if pair else 0.0
-        distances = first.test.relative_l2, first.hf.relative_l2, between
-        return odd_one_out(*distances, self.rules, first.key)
-
-
-def _nobody(result: Result) -> Blame:
-    if "hf" not in result.trees:
-        return Blame("none", "nobody: no divergence")
-    off = [c for c in result.comparisons if c.hf and c.hf.relative_l2 > result.rules.bound(c.key)]
-    off = [c for c in off if c.hf and c.test.relative_l2 < c.hf.relative_l2 / 10]
-    if off:
-        words = f"hf: the yardstick is off from {path_of(off[0].key)} on, where test and reference agree"
-        return Blame("hf", words)
-    return Blame("none", f"nobody: inside the rounding noise of {result.rules.coarser}")
+    def _apart(self, key: Key) -> float:
+        """How far test and yardstick are from each other."""
+        pair = self._pair(key, "hf", "test")
+        return measure(pair, self.rules.dtype).figures.relative_l2 if pair else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from oracle.metrics import jsonable
-from oracle.trees import TensorFile, open_tensor
+from oracle.tensor_file import TensorFile, open_tensor
 from weights import UserError
 
 SCHEMA = "apr-stage-diff-v1"

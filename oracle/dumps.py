@@ -9,9 +9,10 @@ from itertools import product
 import numpy as np
 
 from jaxref.stages import STAGES, Key
+from oracle.case import Case, narrowed
 from oracle.engine_tree import Value
 from oracle.local import Local
-from oracle.replay import Case, Replay, narrowed
+from oracle.replay import Replay
 from oracle.trees import path_of
 
 # So many wrong inputs of one stage are taken in all combinations; no stage reads more.

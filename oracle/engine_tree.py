@@ -13,7 +13,8 @@ import numpy as np
 from jaxref.activations import coarsest_activation
 from jaxref.stages import STAGES, Key, axis_size
 from oracle.conventions import check_positions, of_model, recognise
-from oracle.layouts import View, heads_of, single_position, view
+from oracle.coordinates import heads_of
+from oracle.layouts import View, single_position, view
 from oracle.same import stated_weights
 from oracle.trees import Tree
 from weights import Checkpoint, UserError

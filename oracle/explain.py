@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from oracle import hints
+from oracle.case import INDICES, Case
 from oracle.chain import Chain
 from oracle.local import Found, Local
 from oracle.localize import localize
-from oracle.replay import INDICES, Case, Replay
+from oracle.replay import Replay
 from oracle.winner import Memory, best
 from weights import Checkpoint
 

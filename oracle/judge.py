@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from oracle.case import Case
 from oracle.deviations import distance, shared, visible
 from oracle.floor import DRIFTING, MARGIN, noise
 from oracle.local import Local
-from oracle.replay import Case
 
 
 def judged(

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxref.stages import QKV, Stage, axis_size
-from oracle.trees import TensorFile, Tree
+from jaxref.stages import Stage, axis_size
+from oracle.coordinates import column_names
+from oracle.tensor_file import TensorFile
+from oracle.trees import Tree
 from weights import UserError
 from weights.extent import Extent
 
 BLOCK = 1 << 15  # values of a block: four float64 copies of it stay in the cache
 AT_ONCE = 16  # blocks that are read at once: a reading is several calls of the system, each a wait for other threads
-# What people call a column of an axis.
-_WORDS = {"D": "dim", "F": "unit", "M": "unit", "V": "token id", "E": "expert", "A": "rank", "S": "key"}
-_HEADS = {"Hh": "head", "Kh": "kv head"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class Pair:
         found = {"token": self.positions[row]}
         if self.stage.axes[0] == "H":
             found["head"] = outer
-        return found | _column(self.stage.axes[self.stage.row_axis + 1 :], column, self.dims)
+        return found | column_names(self.stage.axes[self.stage.row_axis + 1 :], column, self.dims)
 
 
 def _rows(have: tuple[int, ...], want: tuple[int, ...]) -> slice | np.ndarray:
@@ -215,38 +214,3 @@ def _rows(have: tuple[int, ...], want: tuple[int, ...]) -> slice | np.ndarray:
         return slice(first, first + len(want))
     place = {position: index for index, position in enumerate(have)}
     return np.array([place[position] for position in want])
-
-
-def _column(axes: tuple[str, ...], column: int, dims: Mapping[str, int]) -> dict[str, int | str]:
-    found: dict[str, int | str] = {}
-    for axis in reversed(axes):
-        column, index = divmod(column, axis_size(axis, dims))
-        if axis == QKV:
-            head, dim = divmod(index, dims["h"])
-            part, start = next(
-                (name, start)
-                for name, start in (("v", dims["H"] + dims["K"]), ("k", dims["H"]), ("q", 0))
-                if head >= start
-            )
-            found = {"part": part, "head": head - start, "dim": dim} | found
-        elif axis in _HEADS:
-            head, dim = divmod(index, dims["h"])
-            found = {_HEADS[axis]: head, "dim": dim} | found
-        else:
-            found = {_WORDS.get(axis, axis): index} | found
-    return found
-
-
-def in_words(coordinate: Mapping[str, Any] | None) -> str:
-    """A coordinate as a person says it: token 3, head 5, dim 12."""
-    words = dict(coordinate or {})
-    if part := words.pop("part", None):
-        words = {f"{part} head" if name == "head" else name: index for name, index in words.items()}
-    return ", ".join(f"{name} {index}" for name, index in words.items())
-
-
-def heads_of(stage: Stage, dims: Mapping[str, int]) -> int | None:
-    """How many heads lie side by side in a row; None where a row has no heads."""
-    if stage.axes[-1] == QKV:
-        return dims["H"] + 2 * dims["K"]
-    return {"Hh": dims["H"], "Kh": dims["K"]}.get(stage.axes[-1])

@@ -17,6 +17,7 @@ from jaxref.reader import Reader
 from jaxref.stages import Key
 from oracle import routing
 from oracle.beginning import SUM, Beginning, beginning
+from oracle.case import INDICES, Case, Unknown, Whole, narrowed, rows_at
 from oracle.deviations import distance, worst
 from oracle.dumps import Dumps
 from oracle.engine_tree import EngineTree, Value
@@ -24,7 +25,7 @@ from oracle.floor import MARGIN, ROPE, noise
 from oracle.judge import judged
 from oracle.local import NO_TOKENS, TELLS, Found, Local
 from oracle.measure import LAYOUT_GAIN
-from oracle.replay import EXACT, INDICES, Case, Replay, Unknown, Whole, narrowed, rows_at
+from oracle.replay import EXACT, Replay
 from oracle.trees import ordered
 from oracle.truth import Truth
 from oracle.yardstick import Yardstick

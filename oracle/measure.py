@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxref.stages import Key
-from oracle.layouts import Pair, heads_of
+from oracle.coordinates import heads_of
+from oracle.layouts import Pair
 from oracle.metrics import Figures, Logits, Sums
 
 # Head-major q or k is told by this: read that way, the error is so many times smaller.

@@ -15,9 +15,10 @@ from jaxref.model import Piece
 from jaxref.reader import Reader
 from jaxref.stages import STAGES, Key, keys_of
 from oracle.bench import Bench
+from oracle.case import Case, Unknown, Whole, narrowed
 from oracle.engine_tree import EngineTree, Value
 from oracle.hypotheses import HYPOTHESES, about
-from oracle.replay import EXACT, Case, Replay, Unknown, Whole, narrowed
+from oracle.replay import EXACT, Replay
 from oracle.tries import Try
 from weights import Checkpoint, UserError
 

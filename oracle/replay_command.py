@@ -47,9 +47,10 @@ def run_replay(options: dict[str, Any], *, explained: bool) -> int:
     from jaxref import show
     from jaxref.__main__ import use_compilation_cache
     from jaxref.devices import prepare
-    from oracle import told
     from oracle.explain import Explained, explain
     from oracle.localize import localize
+    from oracle.told import print_told
+    from oracle.told_json import records
 
     prepare("cpu")
     use_compilation_cache()
@@ -61,10 +62,10 @@ def run_replay(options: dict[str, Any], *, explained: bool) -> int:
     if html is not None:
         write_told(result, html)
     if as_json:
-        for record in told.records(result, explained=explained):
+        for record in records(result, explained=explained):
             click.echo(json.dumps(record, allow_nan=False))
     else:
-        told.print_told(result)
+        print_told(result)
     return result.found.exit_code
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxref.stages import STAGES
-from oracle.layouts import in_words
+from oracle.coordinates import in_words
 from oracle.metrics import Figures
 from oracle.output import legible
 from oracle.result import Comparison, Result

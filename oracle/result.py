@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jaxref.stages import Key
-from oracle.layouts import in_words
+from oracle.coordinates import in_words
 from oracle.metrics import Figures
 from oracle.trees import Tree, path_of
 from oracle.verdict import Blame, Judgement, Rules

@@ -10,7 +10,8 @@ from jaxref.stages import Key
 from oracle.local import Local
 
 if TYPE_CHECKING:
-    from oracle.replay import Case, Replay
+    from oracle.case import Case
+    from oracle.replay import Replay
 
 # How far apart two logits may be, relative to the greatest of them, for either to be chosen: by the engine's numerics.
 TIE = {"float32": 2.0**-18, "float16": 2.0**-9, "bfloat16": 2.0**-6, "q8": 2.0**-18}

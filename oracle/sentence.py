@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxref.stages import QKV, STAGES
-from oracle.layouts import in_words
+from oracle.coordinates import in_words
 from oracle.result import Comparison, Result
 from oracle.trees import Tree, path_of
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from oracle.comparer import Options, compare
+from oracle.comparer import compare
 from oracle.report import as_text
 from oracle.result import Result
-from oracle.verdict import MAX_RATIO, check_dtype, compile_missing, parse_tolerance
+from oracle.rules import Options
+from oracle.tolerances import compile_missing, parse_tolerance
+from oracle.verdict import MAX_RATIO, check_dtype
 
 
 def assert_parity(

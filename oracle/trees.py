@@ -2,84 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from jaxref.aprt import open_aprt, open_safetensors
 from jaxref.loaded import inside, stated_by
 from jaxref.stages import STAGES, Key, stage_named
 from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, stage_path
+from oracle.seems import FORMS, holds_stages, seems
+from oracle.tensor_file import LAYER_FOLDER, TensorFile, open_tensor
 from weights import Config, UserError
 from weights.errors import brief, listed, plain
-from weights.extent import Extent
-from weights.files import regular
 from weights.watched import Version
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 ACTIVATIONS = (*DTYPES, "q8")
-_LAYER = re.compile(r"layer-([0-9]{1,9})")
-_FORMS = {f".{suffix}": form for form, suffix in SUFFIXES.items()}
-_PAGE = "docs/engines.md"
-_READ = f".bin (APRT, see {_PAGE}) and .safetensors of one tensor are read"
-# How files of others begin.
-_OTHERS = {b"\x93NUMPY": "a NumPy array (.npy)", b"PK\x03\x04": "a zip (.npz, .pt)", b"GGUF": "a GGUF checkpoint"}
-_FOREIGN = (".npy", ".npz", ".pt", ".pth", ".txt", ".json", ".dat", ".raw", ".f32")
 _PACKED = (".zip", ".gz", ".tgz", ".tar", ".zst", ".xz", ".bz2", ".7z")
 _SAMPLE = 1 << 16  # values of a file that are looked at to guess the dtype
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """One tensor of a tree."""
-
-    path: Path
-    values: Extent | np.ndarray  # [dim_product], in the dtype on disk; read when they are indexed
-
-
-def open_tensor(path: Path, version: Version | None = None) -> tuple[int | None, TensorFile]:
-    """An APRT or safetensors file: its layer (None: whole model) and its values.
-
-    Raises `UserError` where it is missing, is no such file, is longer or shorter than its header says, or is no longer
-    of `version`; and at each reading where it has changed.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; a file was expected")
-    if path.suffix != ".safetensors":
-        try:
-            layer, values = open_aprt(path, version)
-        except UserError as error:
-            raise UserError(f"{error}{_instead(path)}") from None
-        return layer, TensorFile(path, values)
-    values = open_safetensors(path, version)
-    return _safetensors_layer(path), TensorFile(path, values.reshape(values.size))
-
-
-def _instead(path: Path) -> str:
-    """What a file that is no APRT seems to be, and what would be right; nothing where that is not to be seen."""
-    try:
-        with regular(path).open("rb") as file:
-            head = file.read(6)
-            size = path.stat().st_size
-    except (OSError, UserError):
-        return ""
-    if head[:4] == b"APRT" or not head:
-        return ""
-    for begin, kind in _OTHERS.items():
-        if head.startswith(begin):
-            return f"; it is {kind}, and {_READ}"
-    return "" if size % 4 else f"; bare float32 need the header of 12 bytes that {_PAGE} shows"
-
-
-def _safetensors_layer(path: Path) -> int | None:
-    found = _LAYER.fullmatch(path.absolute().parent.name)
-    return int(found[1]) if found else None
 
 
 class Tree:
@@ -109,14 +52,14 @@ class Tree:
         if not self.files:
             known = ", ".join(f"layer-0/attn_norm.{suffix}" for suffix in SUFFIXES.values())
             words = f"holds no stage's file (like {known}), so there is nothing to compare"
-            raise UserError(f"{self.folder}: {words}{_seems(self.folder)}")
+            raise UserError(f"{self.folder}: {words}{seems(self.folder)}")
         self.config = self._config()
         self.tokens = self._tokens()
 
     def _find(self) -> dict[Key, Path]:
         found: dict[Key, Path] = {}
         for layer, path in self._paths():
-            if path.suffix not in _FORMS or path.name.startswith("."):
+            if path.suffix not in FORMS or path.name.startswith("."):
                 continue
             try:
                 key = (layer, stage_named(path.stem).name)
@@ -136,7 +79,7 @@ class Tree:
         there = inside(self.folder)
         yield from ((None, path) for path in there)
         for folder in there:
-            if found := _LAYER.fullmatch(folder.name):
+            if found := LAYER_FOLDER.fullmatch(folder.name):
                 yield from ((int(found[1]), path) for path in inside(folder))
 
     def _check_positions(self) -> None:
@@ -151,7 +94,7 @@ class Tree:
 
     def _check_layers(self) -> None:
         """Refuse layers in folders of another spelling; where some are spelled right, the others are `unknown`."""
-        others = [path for path in inside(self.folder) if not _LAYER.fullmatch(path.name) and _holds_stages(path)]
+        others = [path for path in inside(self.folder) if not LAYER_FOLDER.fullmatch(path.name) and holds_stages(path)]
         if others and all(layer is None for layer, _ in self.files):
             words = f"the stages of {listed(path.name for path in others[:3])} are not read"
             raise UserError(f"{self.folder}: {words}: layers are the folders layer-0, layer-1, … in it; rename them")
@@ -219,43 +162,6 @@ class Tree:
         keys = [key for key in self.files if key[1] not in ("embedding", "moe_router_indices", "qkv_matmul")]
         votes = Counter(_fits(self.open(key).values[:_SAMPLE]) for key in keys[:64])
         return votes.most_common(1)[0][0] if votes else "float32"
-
-
-def _is_stage(name: str) -> bool:
-    with suppress(UserError):
-        return bool(stage_named(name))
-    return False
-
-
-def _holds_stages(folder: Path) -> bool:
-    """Whether a folder, however it is called, holds a file of a stage and is no tree of its own."""
-    there = _quietly(folder)
-    return any(path.suffix in _FORMS and _is_stage(path.stem) for path in there) and not _is_tree(there)
-
-
-def _is_tree(there: list[Path]) -> bool:
-    return any(_LAYER.fullmatch(path.name) for path in there)
-
-
-def _seems(folder: Path) -> str:
-    """What a folder without a stage's file seems to be; nothing where that is not to be seen."""
-    there = inside(folder)
-    trees = [path for path in there if _is_tree(_quietly(path))]
-    if trees:
-        return f"; {plain(trees[0].name)} in it looks like a tree"
-    if (folder / "config.json").exists():
-        return "; it looks like a model, and `python -m jaxref dump` makes a tree of one"
-    files = there + [below for path in there if _LAYER.fullmatch(path.name) for below in _quietly(path)]
-    if others := sorted({path.suffix for path in files} & set(_FOREIGN)):
-        return f"; it holds {', '.join(others)}, and {_READ}"
-    names = [plain(path.name) for path in files if path.suffix in _FORMS]
-    return f"; there is {names[0]}, and no stage is called so" if names else ""
-
-
-def _quietly(folder: Path) -> list[Path]:
-    with suppress(UserError):
-        return inside(folder)
-    return []
 
 
 def _fits(values: np.ndarray) -> str:

@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 
 from oracle.bench import Bench
+from oracle.case import rows_at
 from oracle.engine_tree import Value
-from oracle.replay import rows_at
 from oracle.tries import Try
 
 

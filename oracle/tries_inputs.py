@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxref.stages import HIDDEN, STAGES, Key
 from oracle.bench import Bench
+from oracle.case import INDICES, WHOLE
 from oracle.engine_tree import Value
-from oracle.replay import INDICES, WHOLE
 from oracle.tries import Try
 
 # What other rows of the table say by a name of their own.

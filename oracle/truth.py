@@ -12,9 +12,10 @@ import numpy as np
 from jaxref.model import Pieces, Place, Routing, decoder_layer
 from jaxref.reader import Reader
 from jaxref.stages import STAGES, Key
+from oracle.case import Case, Whole
 from oracle.deviations import distance
 from oracle.engine_tree import Value
-from oracle.replay import EXACT, Case, Replay, Whole
+from oracle.replay import EXACT, Replay
 
 
 class Truth:

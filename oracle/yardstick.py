@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxref.stages import Key
+from oracle.case import Case, narrowed, rows_at
 from oracle.engine_tree import EngineTree, Value
 from oracle.floor import MARGIN
 from oracle.judge import judged
 from oracle.local import Local
-from oracle.replay import Case, Replay, narrowed, rows_at
+from oracle.replay import Replay
 from oracle.same import SAME_MODEL, stated_weights
 from oracle.trees import Tree, path_of
 from weights import Checkpoint, UserError

@@ -51,8 +51,29 @@ def test_the_layer_shape_of_the_30b_agrees(tmp_path, count: int) -> None:
     tokens = prompt(count, 512)
     reference = flat(hf.capture(hf.load(folder), tokens))
     write_tree(folder, tmp_path / "tree", tokens, positions="all")
-    far = {path: distance(read_tree(tmp_path / "tree")[f"{path}.bin"], value) for path, value in reference.items()}
+    ours = read_tree(tmp_path / "tree")
+    tied = tied_positions(reference, ours)
+    assert len(tied) <= count / 100
+    far = {path: without(path, ours[f"{path}.bin"], value, tied) for path, value in reference.items()}
     assert {path: d for path, d in far.items() if not d <= bound(path)} == {}
+
+
+def tied_positions(reference: dict, ours: dict) -> list[int]:
+    """Positions whose experts are in another order because two router logits are the same to 1e-6."""
+    ids, logits = (reference[f"layer-0/moe_router{part}"] for part in ("_indices", "_logits"))
+    other = ours["layer-0/moe_router_indices.bin"].reshape(ids.shape)
+    tied = np.flatnonzero((ids != other).any(axis=1)).tolist()
+    for position in tied:
+        mine, theirs = (logits[position, each[position].astype(int)] for each in (other, ids))
+        assert np.abs(mine - theirs).max() < 1e-6, f"no tie at position {position}"
+    return tied
+
+
+def without(path: str, ours: np.ndarray, reference: np.ndarray, tied: list[int]) -> float:
+    """The distance, of what goes by an expert's rank without the tied positions."""
+    if not path.endswith("moe_router_indices") and "moe_expert_" not in path:
+        return distance(ours, reference)
+    return distance(*(np.delete(values.reshape(reference.shape), tied, axis=0) for values in (ours, reference)))
 
 
 @pytest.mark.parametrize("name", ["moe", "moe-64", "moe-sparse"])

@@ -7,13 +7,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from jaxref.hosts import Hosts, parse_hosts
+from jaxref.transport import listen_for, own_address
 from tests.conftest import prompt
 from tests.test_cli import ROOT, refused
 from tests.test_mesh import BOUNDS
@@ -24,8 +26,46 @@ RUN = "\nfrom jaxref.__main__ import main\nfrom weights.cli import run\nrun(main
 TOKENS = prompt(20, 272)
 
 
+class Host(NamedTuple):
+    """Where a process runs: the words that lead there, and its address."""
+
+    enter: tuple[str, ...] = ()
+    address: str = "localhost"
+
+
+@pytest.fixture
+def network() -> Iterator[list[Host]]:
+    """Two hosts of the kernel's making: network namespaces of their own, joined by one cable."""
+    names = [f"jaxref-{os.getpid()}-{index}" for index in range(2)]
+    cables = [f"jr{os.getpid() % 10**7}x{index}" for index in range(2)]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for index, (name, cable) in enumerate(zip(names, cables, strict=True)):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"10.213.77.{index + 1}/24", "dev", cable)
+            for device in (cable, "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        yield [Host(("ip", "netns", "exec", name), f"10.213.77.{i + 1}") for i, name in enumerate(names)]
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs the right to make network namespaces (iproute2, as root): {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
 def two(
-    folder: Path, model: Path | str, ways: int = 2, each: Sequence[str] = ("", ""), more: Sequence[str] = ()
+    folder: Path,
+    model: Path | str,
+    ways: int = 2,
+    each: Sequence[str] = ("", ""),
+    more: Sequence[str] = (),
+    hosts: Sequence[Host] = (Host(), Host()),
 ) -> list[tuple[int, str, str]]:
     """Exit code, stdout and last line of stderr of two processes that dump together; `each` is code that runs first."""
     with socket.socket() as free:
@@ -36,7 +76,7 @@ def two(
     words += ["--mesh", f"tp={ways}", "--hosts"]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code + RUN, *words, f"localhost:{port},2,{index}"],
+            [*hosts[index].enter, sys.executable, "-c", code + RUN, *words, f"{hosts[0].address}:{port},2,{index}"],
             cwd=ROOT,
             env=os.environ | devices,
             stdout=subprocess.PIPE,
@@ -67,6 +107,31 @@ def test_two_processes_write_the_tree_of_one_device(zoo, tmp_path: Path, name: s
         assert all(np.array_equal(together[path], alone[path]) for path in alone)
     assert max(distance(together[path], alone[path]) for path in alone) <= BOUNDS["float32"]
     assert json.loads((tmp_path / "two" / "manifest.json").read_text("utf-8"))["device"]["processes"] == 2
+
+
+def test_two_hosts_find_each_other(zoo, tmp_path: Path, network: list[Host]) -> None:
+    """Also where the name of each leads to itself alone, as on many systems and on this one's CI."""
+    first, second = two(tmp_path / "two", zoo("qwen3"), hosts=network)
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    write_tree(zoo("qwen3"), tmp_path / "one", TOKENS)
+    together, alone = read_tree(tmp_path / "two"), read_tree(tmp_path / "one")
+    assert together.keys() == alone.keys()
+    assert max(distance(together[path], alone[path]) for path in alone) <= BOUNDS["float32"]
+
+
+def test_a_host_that_would_listen_to_itself_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a JAX that has no setting for it."""
+    monkeypatch.setattr("jaxlib._jax.make_gloo_tcp_collectives", None)
+    monkeypatch.setattr("jaxref.transport.own_address", lambda coordinator: "10.0.0.2")
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    with pytest.raises(UserError, match=r"leads to 127\.0\.1\.1, where no other .* let it lead to 10\.0\.0\.2"):
+        listen_for("10.0.0.1:1234")
+
+
+def test_the_address_is_that_of_the_way_there() -> None:
+    assert own_address("127.0.0.1:1234") == "127.0.0.1"
+    with pytest.raises(UserError, match=r"--hosts: nowhere\.invalid:1 cannot be reached from here"):
+        own_address("nowhere.invalid:1")
 
 
 def test_both_hear_of_a_fault_before_the_work(zoo, tmp_path: Path) -> None:

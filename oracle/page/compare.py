@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxref.stages import STAGES, Key
 from oracle import experts
+from oracle.coordinates import in_words
 from oracle.experts import Choice
-from oracle.layouts import in_words
 from oracle.metrics import Figures
 from oracle.page.pairs import Pairs
 from oracle.page.sheet import Cell, Listing, Series, Sheet, Side

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxref.stages import QKV
-from oracle.layouts import Block, Pair, heads_of
+from oracle.coordinates import heads_of
+from oracle.layouts import Block, Pair
 
 ROWS, COLUMNS = 128, 256  # cells of a map at most
 BINS = 60

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 from jaxref.aprt import aprt_header
 from oracle.__main__ import main
-from oracle.comparer import Options, compare
+from oracle.comparer import compare
 from oracle.diff import diff
+from oracle.rules import Options
 from tests.conftest import PROMPT, prompt
 from tests.trees import write_tree
 from weights import UserError

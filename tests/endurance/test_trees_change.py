@@ -16,7 +16,8 @@ from oracle.explain import explain
 from oracle.localize import localize
 from oracle.metrics import Sums
 from oracle.page.pairs import Pairs
-from oracle.trees import Tree, open_tensor
+from oracle.tensor_file import open_tensor
+from oracle.trees import Tree
 from tests.endurance.test_weights_change import replace, write_over
 from tests.trees import write_tree
 from weights import UserError, open_checkpoint

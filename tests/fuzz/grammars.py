@@ -15,7 +15,8 @@ from jaxref.selection import Selection, parse_layers, parse_positions, parse_sta
 from jaxref.stages import STAGES
 from oracle.__main__ import main as oracle_main
 from oracle.metrics import Figures
-from oracle.verdict import Rules, compile_missing, parse_tolerance
+from oracle.tolerances import compile_missing, parse_tolerance
+from oracle.verdict import Rules
 from tests.fuzz.mutate import Mutation, mutate_words, text_of
 from tests.fuzz.world import World
 from weights import UserError

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import safe_open
 
 from jaxref.aprt import HEADER, aprt_header, read_aprt
-from oracle.trees import open_tensor
+from oracle.tensor_file import open_tensor
 from tests.fuzz.grammars import GRAMMARS
 from tests.fuzz.mutate import Mutation, mutate_bytes, mutate_gguf, mutate_json, mutate_safetensors, mutate_words
 from tests.fuzz.tree_targets import NAMED, PATHS, manifest, names, unfinished

@@ -20,10 +20,11 @@ from jaxref.aprt import read_aprt
 from jaxref.loaded import load_tree
 from jaxref.selection import parse_layers, parse_positions
 from jaxref.tree import read_manifest
-from oracle.comparer import Options, compare
+from oracle.comparer import compare
 from oracle.engine_tree import EngineTree
-from oracle.trees import open_tensor
-from oracle.verdict import compile_missing
+from oracle.rules import Options
+from oracle.tensor_file import open_tensor
+from oracle.tolerances import compile_missing
 from tests.fuzz.attempt import SECONDS, time_limit
 from tests.fuzz.world import INDEX, World
 from weights import UserError, open_checkpoint, open_tokenizer, read_config

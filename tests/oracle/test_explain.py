@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from oracle.bench import Bench
+from oracle.case import Case
 from oracle.explain import Explained, explain
 from oracle.hypotheses import HYPOTHESES
 from oracle.local import NO_TOKENS
 from oracle.localize import localize
-from oracle.replay import Case, Replay
+from oracle.replay import Replay
 from oracle.told import sentence
 from tests.conftest import prompt
 from tests.oracle.standin import FAULTS, Planted, run, struck_stages, write

@@ -17,7 +17,7 @@ import pytest
 import jaxref
 from oracle import compare
 from oracle.engine_tree import EngineTree
-from oracle.trees import open_tensor
+from oracle.tensor_file import open_tensor
 from tests.oracle.test_cli import oracle
 from tests.oracle.test_other_files import refusing
 from tests.test_engines_page import example

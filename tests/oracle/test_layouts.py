@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oracle.comparer import Options, compare
-from oracle.layouts import in_words
+from oracle.comparer import compare
+from oracle.coordinates import in_words
 from oracle.report import as_text
+from oracle.rules import Options
 from tests.conftest import prompt
 from tests.oracle.faults import map_trace, model, overwrite, run, write, write_reference
 from weights import UserError

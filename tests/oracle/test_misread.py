@@ -12,7 +12,8 @@ import torch
 from oracle.explain import MISREAD, Explained, explain
 from oracle.local import Local
 from oracle.localize import localize
-from oracle.told import _came_in, print_told, records, sentence
+from oracle.told import _came_in, print_told, sentence
+from oracle.told_json import records
 from tests.conftest import prompt
 from tests.oracle.standin import Planted, norms, run, write
 from tests.oracle.sweep import LAYER, Models

@@ -14,12 +14,12 @@ import pytest
 
 from jaxref.aprt import read_aprt
 from oracle import compare
-from oracle.comparer import Options
 from oracle.page import check_html
 from oracle.records import check_junit, write_junit
 from oracle.report import as_text
 from oracle.result import Result
-from oracle.verdict import compile_missing
+from oracle.rules import Options
+from oracle.tolerances import compile_missing
 from tests.conftest import prompt
 from tests.fixtures.make import put
 from tests.oracle.faults import model, overwrite, run, write, write_reference

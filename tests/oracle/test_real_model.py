@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from oracle.comparer import Options, compare
+from oracle.comparer import compare
 from oracle.report import as_text
+from oracle.rules import Options
 from tests.oracle.faults import write
 from tests.trees import write_tree
 from weights import open_checkpoint

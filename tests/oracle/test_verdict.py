@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from oracle.metrics import Figures
-from oracle.verdict import Rules, Yardstick, judge, odd_one_out, parse_tolerance
+from oracle.tolerances import parse_tolerance
+from oracle.verdict import Rules, Yardstick, judge, odd_one_out
 from weights import UserError
 
 RULES = Rules("float16", "float16")

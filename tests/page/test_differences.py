@@ -12,7 +12,7 @@ from jaxref.stages import STAGES
 from oracle.layouts import Pair, View
 from oracle.page.differences import BINS, COLUMNS, ROWS, differences
 from oracle.plots import difference_map, svg_of
-from oracle.trees import TensorFile
+from oracle.tensor_file import TensorFile
 
 DIMS = {"S": 6, "D": 40, "H": 4, "K": 2, "h": 8, "F": 64, "V": 151_936}
 

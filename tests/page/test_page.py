@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from oracle import compare
-from oracle.comparer import Options
 from oracle.page import check_html, palette, render, write_html, write_sheet
 from oracle.page.compare import experts_of, lines_of, sheet_of
 from oracle.page.pairs import Pairs
 from oracle.page.sheet import Cell, Listing, Series, Sheet
 from oracle.result import Result
+from oracle.rules import Options
 from oracle.sentence import sentence
-from oracle.verdict import parse_tolerance
+from oracle.tolerances import parse_tolerance
 from tests.conftest import prompt
 from tests.oracle.faults import FAULTS, map_trace, model, overwrite, run, with_layer, write, write_reference
 from tests.page.pages import planted

@@ -1,0 +1,53 @@
+"""What a folder that is no tree seems to be, for the message that refuses it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from jaxref.loaded import inside
+from jaxref.stages import stage_named
+from jaxref.tree import SUFFIXES
+from oracle.tensor_file import LAYER_FOLDER, READABLE
+from weights import UserError
+from weights.errors import plain
+
+FORMS = {f".{suffix}": form for form, suffix in SUFFIXES.items()}
+_FOREIGN = (".npy", ".npz", ".pt", ".pth", ".txt", ".json", ".dat", ".raw", ".f32")
+
+
+def _is_stage(name: str) -> bool:
+    with suppress(UserError):
+        return bool(stage_named(name))
+    return False
+
+
+def holds_stages(folder: Path) -> bool:
+    """Whether a folder, however it is called, holds a file of a stage and is no tree of its own."""
+    there = _quietly(folder)
+    return any(path.suffix in FORMS and _is_stage(path.stem) for path in there) and not _is_tree(there)
+
+
+def _is_tree(there: list[Path]) -> bool:
+    return any(LAYER_FOLDER.fullmatch(path.name) for path in there)
+
+
+def seems(folder: Path) -> str:
+    """What a folder without a stage's file seems to be; nothing where that is not to be seen."""
+    there = inside(folder)
+    trees = [path for path in there if _is_tree(_quietly(path))]
+    if trees:
+        return f"; {plain(trees[0].name)} in it looks like a tree"
+    if (folder / "config.json").exists():
+        return "; it looks like a model, and `python -m jaxref dump` makes a tree of one"
+    files = there + [below for path in there if LAYER_FOLDER.fullmatch(path.name) for below in _quietly(path)]
+    if others := sorted({path.suffix for path in files} & set(_FOREIGN)):
+        return f"; it holds {', '.join(others)}, and {READABLE}"
+    names = [plain(path.name) for path in files if path.suffix in FORMS]
+    return f"; there is {names[0]}, and no stage is called so" if names else ""
+
+
+def _quietly(folder: Path) -> list[Path]:
+    with suppress(UserError):
+        return inside(folder)
+    return []
