@@ -128,8 +128,13 @@ def test_a_host_that_would_listen_to_itself_alone_is_told(monkeypatch: pytest.Mo
         listen_for("10.0.0.1:1234")
 
 
-def test_the_address_is_that_of_the_way_there() -> None:
+def test_the_address_is_that_of_the_way_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_address("127.0.0.1:1234") == "127.0.0.1"
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
     with pytest.raises(UserError, match=r"--hosts: nowhere\.invalid:1 cannot be reached from here"):
         own_address("nowhere.invalid:1")
 
