@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,17 @@ from tests.oracle.standin.norms import rms_norm
 from tests.oracle.standin.place import Place, Run, Trace
 
 EMBEDDING = "model.embed_tokens.weight"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: on matrices this small a second one is only waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run(
@@ -30,7 +42,7 @@ def run(
     planted where it changes nothing that is computed, a misspelt one too.
     """
     state = Run(config, weights, getattr(torch, dtype), faults or {})
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         hidden = _embed(Place(state, 0), tokens)
         for layer in range(config["num_hidden_layers"]):
             hidden = _layer(Place(state, layer), hidden)
