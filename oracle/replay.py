@@ -177,8 +177,8 @@ class Replay:
     @staticmethod
     def _cast(x: np.ndarray, name: str, numerics: Numerics) -> Any:
         if name in (TOKENS, POSITIONS) or name == INDICES:
-            return jnp.asarray(x, jnp.int32)
-        return jnp.asarray(x, numerics.compute)
+            return np.asarray(x, np.int32)
+        return np.asarray(x, numerics.compute)
 
     def _run_experts(self, case: Case, numerics: Numerics, **changes: Any) -> np.ndarray:
         """An expert's stage for each token and rank [rows, A, ·]: one product an expert that is used."""
@@ -191,7 +191,7 @@ class Replay:
             rows = np.nonzero(case.experts == number)
             params = self.expert(int(case.key[0] or 0), int(number), numerics)
             with EXACT.context():
-                inputs: list[Any] = [jnp.asarray(x[rows], numerics.compute)]
+                inputs: list[Any] = [np.asarray(x[rows], numerics.compute)]
                 out = np.asarray(stage.run(inputs, params, self.config, case.key[0], numerics, **changes))
             if found is None:
                 found = np.zeros((*case.experts.shape, out.shape[-1]))
