@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jax import Array
 
 from jaxref import attention as attn
@@ -86,7 +87,13 @@ class Stage:
         return [_resolve(name, config, layer) for name in self.inputs]
 
     def run(
-        self, inputs: list[Array], params: Any, config: Config, layer: int | None, numerics: Numerics, **changes: Any
+        self,
+        inputs: Sequence[Array | np.ndarray],
+        params: Any,
+        config: Config,
+        layer: int | None,
+        numerics: Numerics,
+        **changes: Any,
     ) -> Array:
         """Replay the stage on anyone's inputs; `changes` replace settings, which is how a hypothesis is tried."""
         weights = [getattr(params, field) for field in self.params]
