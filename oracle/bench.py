@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from oracle.variants import Switches, variant_of
 from weights.names import layer_rows
 from weights.params import expert_names, layer_names
 
+# So many tensors are kept while the variants of a stage are tried.
+KEPT = 4
 # get(field, layer, shift): a matrix of this or another layer; of an expert's stage that of the expert `shift` ids on.
 Get = Callable[..., np.ndarray]
 Pick = Callable[[Get], np.ndarray]
@@ -24,22 +26,30 @@ Pick = Callable[[Get], np.ndarray]
 class Bench:
     """Where hypotheses about one stage of one layer are tried. All arrays are float64.
 
-    `shown`: whether `engine` are the engine's rows; of a stage that its tree lacks they are the right ones.
+    `shown`: whether `engine` are the engine's rows; of a stage that its tree lacks they are the right ones, and `seen`
+    says how far from the truth those are of the stage that shows it.
     """
 
-    def __init__(self, replay: Replay, case: Case, engine: np.ndarray, *, shown: bool = True) -> None:
-        self.shown = shown
+    def __init__(
+        self, replay: Replay, case: Case, engine: np.ndarray, *, shown: bool = True, seen: float | None = None
+    ) -> None:
+        self.shown, self._seen = shown, seen
         self.replay, self.case, self.engine = replay, case, engine
         self.config, self.layer, self.stage = replay.config, case.key[0], case.stage
         self.row = STAGES[case.stage]
         self.settings: Switches = self.row.settings(self.config, self.layer or 0)
-        self.tensor = lru_cache(maxsize=8)(self._tensor)
+        self._tensors: dict[tuple[str, int | None], np.ndarray] = {}
         self._function = variant_of(case.stage)
 
     @cached_property
     def rounding_drift(self) -> float:
         """The scale that rounding alone gives all rows."""
         return drift(self.replay.emulate(self.case), self.run({}))
+
+    @cached_property
+    def seen(self) -> float:
+        """The relative L2 of what is to be explained."""
+        return self.error({}) if self._seen is None else self._seen
 
     @property
     def x(self) -> list[np.ndarray]:
@@ -71,12 +81,30 @@ class Bench:
         except (TypeError, ValueError, IndexError, KeyError, FloatingPointError):
             return float("inf")  # shapes that do not go together: this is not what the engine did
 
+    def matrix(self, field: str) -> np.ndarray:
+        """The stage's own tensor of this field, of an expert's stage that of the first expert of the first row."""
+        if self.case.experts is None:
+            return np.asarray(getattr(self.case.params, field))
+        return np.asarray(getattr(self.replay.expert(self.layer or 0, int(self.case.experts.flat[0])), field))
+
     def _weight(self, field: str, pick: Pick | None) -> np.ndarray:
         own = np.asarray(getattr(self.case.params, field))
         return own if pick is None else pick(lambda name=field, layer=None, shift=0: self.tensor(name, layer))
 
-    def _tensor(self, field: str, layer: int | None = None) -> np.ndarray:
-        """A tensor of this layer (another one's, the whole model's) by its field, as float64."""
+    def tensor(self, field: str, layer: int | None = None) -> np.ndarray:
+        """A tensor of this layer (another one's, the whole model's) by its field, as float64; the last few are kept.
+
+        They are kept here: what `functools` keeps for a method would hold them until the garbage collector comes.
+        """
+        key = (field, layer)
+        if key not in self._tensors:
+            found = self._tensor(field, layer)
+            if len(self._tensors) == KEPT:
+                del self._tensors[next(iter(self._tensors))]
+            self._tensors[key] = found
+        return self._tensors[key]
+
+    def _tensor(self, field: str, layer: int | None) -> np.ndarray:
         checkpoint = self.replay.engine.checkpoint
         if self.layer is None:
             name = {"embed_tokens": "model.embed_tokens.weight", "head": checkpoint.head_name}.get(field, field)

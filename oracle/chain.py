@@ -53,13 +53,18 @@ class Chain:
         for key in sorted(set(self._lacking(self.case.key)), key=lambda key: _ORDER.index(key[1])):
             case = self.replay.case(key)
             if isinstance(case, Case) and about(key[1]):
-                found[key[1]] = Bench(self.replay, case, self.replay.exact(case), shown=False)
+                found[key[1]] = Bench(self.replay, case, self.replay.exact(case), shown=False, seen=self.bench.seen)
         return found
 
     def _lacking(self, key: Key) -> Iterator[Key]:
-        """The stages of this layer that the tree lacks and that lead here through none that it has."""
+        """The stages of this layer that the tree lacks and that lead here through none that it has.
+
+        The embedding is left out: its table is no parameter of a layer, and its rows are the checkpoint's here.
+        """
         for name in STAGES[key[1]].upstream(self.replay.config, key[0]):
-            if not isinstance(name, str) and name[0] == key[0] and name not in self.replay.engine.tree.files:
+            if isinstance(name, str) or name[0] != key[0] or name[1] == "embedding":
+                continue
+            if name not in self.replay.engine.tree.files:
                 yield from (name, *self._lacking(name))
 
     def trials(self, known: str | None = None) -> Iterator[Trial]:

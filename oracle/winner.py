@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
 
+from jaxref.stages import STAGES
 from oracle.chain import Chain, Changes, Trial, merged
 from oracle.hypotheses import HYPOTHESES
 from oracle.local import DRIFT, Local
@@ -19,8 +21,10 @@ GAIN, AHEAD = 4.0, 4.0
 ALIKE = 1.15
 # So many are taken in pairs, the best ones first; fewer where each has to be computed on through missing stages.
 PAIRED, PAIRED_THROUGH = 24, 12
-# So many layers in which nothing in missing stages explains a stage: in the next ones it is not tried again.
-ENOUGH = 2
+# So many layers in which nothing explains a stage, or nothing in missing stages does: it is not tried in the next ones.
+ENOUGH, ENOUGH_THROUGH = 4, 2
+# Of two faults at once the correction of one leaves less than so much of what was wrong.
+BETTER = 0.95
 
 
 @dataclass(frozen=True)
@@ -40,31 +44,42 @@ class Scored:
 
 @dataclass
 class Memory:
-    """What earlier layers had in stages that are missing, by the stage that showed it: that is tried first."""
+    """What earlier layers had, by the stage that showed it: that is tried first, and nothing where nothing fitted."""
 
     named: dict[str, Scored] = field(default_factory=dict)
-    in_vain: dict[str, int] = field(default_factory=dict)
+    in_vain: Counter[str] = field(default_factory=Counter)
     skipped: set[str] = field(default_factory=set)
+    in_vain_through: Counter[str] = field(default_factory=Counter)
+    skipped_through: set[str] = field(default_factory=set)
 
     def notes(self) -> list[str]:
-        """Which stages were no longer explained by what is missing before them."""
-        words = f"was tried in the first {ENOUGH} faulty layers alone, and explained none"
-        return [f"{stage}: what is missing before it {words}" for stage in sorted(self.skipped)]
+        """What was no longer tried."""
+        words = "tried in the first {} faulty layers alone, and explained none"
+        through = words.format(ENOUGH_THROUGH)
+        notes = [f"{stage}: what is missing before it was {through}" for stage in sorted(self.skipped_through)]
+        if self.skipped:
+            stages = ", ".join(stage for stage in STAGES if stage in self.skipped)
+            notes.append(f"{stages}: hypotheses were {words.format(ENOUGH)}")
+        return notes
 
 
 def best(chain: Chain, row: Local, memory: Memory) -> Scored | None:
     """The one hypothesis, or pair of them, that fits where no other comes near; `memory` is kept up."""
     stage = chain.bench.stage
-    if chain.missing and (again := _again(chain, row, memory.named.get(stage))) is not None:
+    if (again := _again(chain, row, memory.named.get(stage))) is not None:
         return again
-    if chain.missing and memory.in_vain.get(stage, 0) >= ENOUGH:
+    if memory.in_vain[stage] >= ENOUGH:
         memory.skipped.add(stage)
+        return None
+    if chain.missing and memory.in_vain_through[stage] >= ENOUGH_THROUGH:
+        memory.skipped_through.add(stage)
         chain.missing.clear()
     found = _best(chain, row)
     if found is not None:
         memory.named[stage] = found
-    elif chain.missing:
-        memory.in_vain[stage] = memory.in_vain.get(stage, 0) + 1
+    else:
+        memory.in_vain[stage] += 1
+        memory.in_vain_through[stage] += bool(chain.missing)
     return found
 
 
@@ -74,7 +89,7 @@ def _again(chain: Chain, row: Local, before: Scored | None) -> Scored | None:
         return None
     for trial in chain.trials(before.trial.name):
         if (trial.words, list(trial.changes)) == (before.trial.words, list(before.trial.changes)):
-            found = Scored(trial, chain.error(trial.changes), True, same=before.same)
+            found = Scored(trial, chain.error(trial.changes), _through(chain, trial), same=before.same)
             return found if _fits(found, row) else None
     return None
 
@@ -89,7 +104,7 @@ def _best(chain: Chain, row: Local) -> Scored | None:
         return found
     if any(_fits(each, row) for each in scored):
         return None  # several fit: none is named
-    return _winner(chain, sorted(_pairs(chain, scored), key=lambda each: each.error), row)
+    return _winner(chain, sorted(_pairs(chain, scored, row), key=lambda each: each.error), row)
 
 
 def _scores(chain: Chain, row: Local) -> Iterator[Scored]:
@@ -148,10 +163,15 @@ def _equal(chain: Chain, first: Trial, second: Trial) -> bool:
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-9, atol=1e-12))
 
 
-def _pairs(chain: Chain, scored: list[Scored]) -> Iterator[Scored]:
-    """Two hypotheses at once, where they switch different things and either alone leaves GAIN times more."""
+def _pairs(chain: Chain, scored: list[Scored], row: Local) -> Iterator[Scored]:
+    """Two hypotheses at once, where they switch different things and either alone leaves GAIN times more.
+
+    One of the two must be better than nothing: that leaves few of the many pairs.
+    """
     tried = [each for each in scored if not each.trial.generic][: PAIRED_THROUGH if chain.missing else PAIRED]
     for one, other in combinations(tried, 2):
+        if min(one.error, other.error) > BETTER * row.local:
+            break  # as of all that follow, which are worse
         first, second = one.trial, other.trial
         if first.name == second.name and _kinds(first) == [kinds - {"w"} for kinds in _kinds(second)]:
             continue

@@ -18,8 +18,8 @@ from tests.oracle.sweep import LAYER, Models, Outcome, sweep, table
 FUSED = ("attn_scores", "attn_softmax")
 HIDDEN = ("embedding", "post_attn_residual", "post_ffn_residual", "final_norm", "lm_head")
 INSIDE = ("moe_router_logits", *(name for name in STAGES if name.startswith("moe_expert_")))
-# q·k depends on the distance of two positions alone: where only scores or what follows is seen, nothing is wrong.
-UNSEEN = "rope_positions"
+# q·k depends on the distance of two positions alone, and a norm takes a scale away: in what follows nothing is wrong.
+UNSEEN = ("rope_positions", "qkv_scaled")
 
 
 @pytest.mark.parametrize(
@@ -137,3 +137,12 @@ def test_what_is_no_longer_tried_is_said(models: Models, tmp_path: Path) -> None
     write(tmp_path / "named", {key: value for key, value in named.items() if key[1] in HIDDEN})
     notes = explain(checkpoint, tmp_path / "named", prompt(23, 272)).found.notes
     assert not [note for note in notes if "what is missing before it" in note]
+
+
+def test_a_fault_of_the_first_layer_is_named_without_the_embedding(models: Models, tmp_path: Path) -> None:
+    raw, weights, checkpoint = models.get("qwen2", Planted("", ()))
+    trace = run(raw, weights, prompt(23, 272), "float32", {"kv_heads_modulo": {0}})
+    write(tmp_path, {key: value for key, value in trace.items() if key[1] == "post_ffn_residual"})
+    (cause,) = explain(checkpoint, tmp_path, prompt(23, 272)).causes
+    assert cause.layers == (0,) and cause.explanation is not None
+    assert (cause.explanation.hypothesis, cause.explanation.stages) == ("kv_heads_modulo", ("attn_scores",))
