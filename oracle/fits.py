@@ -150,6 +150,21 @@ def factors(bench: Bench) -> Iterator[float]:
     yield factor
 
 
+def part_factors(bench: Bench) -> Iterator[tuple[str, float]]:
+    """The scale of q, of k and of v alone."""
+    exact, start = bench.run({}), 0
+    root = math.sqrt(bench.config.head_dim)
+    for part, width in zip("qkv", (bench.config.q_width, bench.config.kv_width, bench.config.kv_width), strict=True):
+        ours, theirs = exact[:, start : start + width], bench.engine[:, start : start + width]
+        start += width
+        with np.errstate(all="ignore"):
+            factor = float((ours * theirs).sum() / np.square(ours).sum())
+        if math.isfinite(factor) and factor != 0 and abs(factor - 1) > 1e-3:
+            nice = [1 / root, root, 2.0, 0.5, rounded(factor, 2), rounded(factor, 3)]
+            found = next((value for value in nice if abs(value / factor - 1) < 1e-3), factor)
+            yield part, found
+
+
 def common_offset(bench: Bench) -> np.ndarray | None:
     """What is added at every token alike, from three tokens on; the first half tells it, all must fit."""
     difference = bench.engine - bench.run({})

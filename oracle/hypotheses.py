@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxref.stages import STAGES
-from oracle import tries, tries_ends, tries_fused, tries_inputs, tries_masks
+from oracle import tries, tries_cache, tries_ends, tries_fused, tries_inputs, tries_masks, tries_sums
 from oracle import tries_attention as attention
 from oracle import tries_bias as biases
 from oracle import tries_experts as experts
@@ -92,6 +92,8 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("weight_permuted", ("qkv_matmul",), tries.permuted),
     Hypothesis("weight_neighbour", MATRICES, tries.neighbour),
     Hypothesis("weight_dtype", MATRICES, tries.bits),
+    Hypothesis("partial_sum", MATRICES, tries_sums.partial_sum),
+    Hypothesis("qkv_scaled", ("qkv_matmul", "qkv_bias"), tries.part_times, generic=True),
     Hypothesis("rope_missing", ROPE, switch("it is not rotated", skip=True)),
     Hypothesis(
         "rope_interleaved", ROPE, switch("neighbours are rotated, not dimension i with i + h/2", interleaved=True)
@@ -105,6 +107,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("rope_partial", ROPE, each("only the first {:.0%} of each head is rotated", "partial", 0.5, 0.25, 0.75)),
     Hypothesis("yarn_missing", ROPE, attention.yarn(doubled=False)),
     Hypothesis("yarn_doubled", ROPE, attention.yarn(doubled=True)),
+    Hypothesis("yarn_other", ROPE, attention.yarn_other),
     Hypothesis("rope_half_tables", ROPE, switch("cos and sin are rounded to float16", tables=np.float16)),
     Hypothesis(
         "rope_half_tables",
@@ -161,6 +164,10 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     ),
     Hypothesis("v_heads_other", ("attention",), attention.kv_fitted, generic=True),
     Hypothesis("attention_unmerged", ("attention",), switch("[H, S, h] is taken for [S, H·h]", unmerged=True)),
+    Hypothesis("attention_unmerged", ("attention",), switch("it is [S, h, H], not [S, H·h]", "h-major", by_dim=True)),
+    Hypothesis("attention_head_order", ("attention",), tries_cache.head_order),
+    Hypothesis("v_rotated", ("attention",), tries_cache.values_rotated),
+    Hypothesis("kv_cache_shifted", ("attn_scores", "attention"), tries_cache.shifted),
     Hypothesis("o_proj_head_order", ("attn_out",), tries.head_order),
     Hypothesis("o_proj_bias", ("attn_out",), tries.same_for_all, generic=True),
     Hypothesis("residual_missing", RESIDUALS, switch("the hidden state is not added", first=0)),
@@ -203,6 +210,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         ("moe_expert_gate", "moe_expert_up"),
         tries.exchanged(SWAPPED),
     ),
+    Hypothesis("expert_input_weighted", ("moe_expert_gate", "moe_expert_up"), experts.weighted_input),
     Hypothesis("moe_weights_twice", ("moe_ffn_out",), switch("an expert's weight is applied twice", power=2)),
     Hypothesis("moe_weights_missing", ("moe_ffn_out",), switch("experts are added without their weights", power=0)),
     Hypothesis(
@@ -214,6 +222,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("moe_expert_lost", ("moe_ffn_out",), experts.lost),
     Hypothesis("head_tied", ("lm_head",), tries_ends.tied),
     Hypothesis("logits_normalised", ("lm_head",), tries_ends.normalised),
+    Hypothesis("logits_penalised", ("lm_head",), tries_ends.penalised),
     Hypothesis("logits_rolled", ("lm_head",), tries_ends.rolled),
     Hypothesis("logits_position", ("lm_head",), tries_ends.position),
     Hypothesis("logits_scaled", ("lm_head",), tries.times, generic=True),
@@ -222,8 +231,8 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("input_other", READERS, tries_inputs.other),
     Hypothesis("kv_cache_rounded", ("attn_scores", "attention"), bits.cached),
     Hypothesis("kv_cache_rounded", ("k_post_rope",), bits.int8_result),
-    Hypothesis("weight_rounded", (*MATRICES, *NORMS, *HEAD_NORMS), bits.weights),
-    Hypothesis("input_rounded", MATRICES, bits.inputs),
+    Hypothesis("weight_rounded", ("embedding", *MATRICES, "lm_head", *NORMS, *HEAD_NORMS), bits.weights),
+    Hypothesis("input_rounded", (*MATRICES, "lm_head"), bits.inputs),
     Hypothesis("stored_half", tuple(name for name in STAGES if name != "moe_router_indices"), bits.stored),
 )
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxref import attention, ops
 from jaxref.stages import STAGES, Key
 from oracle.engine_tree import EngineTree
 from oracle.trees import path_of
@@ -16,6 +17,8 @@ NO_TOKENS = "the token ids are not known (--tokens or --prompt)"
 TELLS = "with attn_out it tells the hidden state before its layer, which the tree lacks"
 # How much of the floor a scale may be that all rows share.
 DRIFT = 0.125
+# From so many products on it is no accident that all are wrong.
+MANY, MOST = 8, 0.75
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,18 @@ class Misread:
             f"the dump of {self.stage} is not what {names} used ({names} {verb} right): dumped after it was changed in"
             " place, or at another point?"
         )
+
+
+def other_weights(rows: list[Local]) -> list[str]:
+    """A note where nearly all products with weights are wrong, and nothing that reads none: they are other weights."""
+    products = [row.faulty for row in rows if STAGES[row.key[1]].function in (ops.linear, attention.qkv_matmul)]
+    others = [row.faulty for row in rows if not STAGES[row.key[1]].params]
+    if len(products) < MANY or sum(products) < MOST * len(products) or not others or any(others):
+        return []
+    return [
+        "nearly all products with weights are wrong, and every stage that reads none is right: the engine's weights are"
+        " not MODEL's, but those of another file, or the same in fewer bits; give what the engine reads, a .gguf too"
+    ]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from jaxref.stages import Key
 from oracle.beginning import SUM, Beginning, beginning
 from oracle.case import Case, Unknown, Whole, rows_at
 from oracle.engine_tree import EngineTree, Value
-from oracle.local import NO_TOKENS, TELLS, Found
+from oracle.local import NO_TOKENS, TELLS, Found, other_weights
 from oracle.measuring import Measuring, Visit
 from oracle.replay import EXACT
 from oracle.trees import ordered
@@ -74,7 +74,8 @@ class _Job:
             if whole:
                 reader.forget()
                 self._whole([key for key in keys if key[0] is None], reader)
-        notes = [*self.engine.notes, *self.told, *self.measuring.notes()]
+        told = [*self.told, *other_weights(self.measuring.locals)]
+        notes = [*self.engine.notes, *told, *self.measuring.notes()]
         return Found(self.engine, self.numerics, self.measuring.locals, self.measuring.unknown, notes)
 
     def _chains(self) -> bool:

@@ -229,3 +229,9 @@ def times(bench: Bench) -> Iterator[Try]:
     """A fitted factor."""
     for factor in fits.factors(bench):
         yield Try(factor, {"times": factor}, f"multiplied by {factor:.6g}")
+
+
+def part_times(bench: Bench) -> Iterator[Try]:
+    """A fitted factor of q, k or v alone: 1/√h where the scale of the scores is folded into q."""
+    for part, factor in fits.part_factors(bench):
+        yield Try(f"{part} {factor:.6g}", {"parts": {part: factor}}, f"{part} is multiplied by {factor:.6g}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,8 +12,11 @@ from oracle import fits
 from oracle.bench import Bench
 from oracle.deviations import visible
 from oracle.tries import Tries, Try, each
+from weights.config import RopeScaling
 
 OFFSETS = (1, -1, 2, -2, 3, -3, 4, -4)
+# What Qwen's models were trained on before they were stretched.
+LENGTHS = (32768, 4096, 8192)
 
 
 def theta(bench: Bench) -> Iterator[Try]:
@@ -48,6 +52,22 @@ def yarn(doubled: bool) -> Tries:
         yield Try("attention_factor", {"magnitude": magnitude**2}, "YaRN's attention factor is applied twice")
 
     return tries
+
+
+def yarn_other(bench: Bench) -> Iterator[Try]:
+    """YaRN with another factor than the config's, or where it has none."""
+    stated = bench.settings["scaling"]
+    if stated is not None and stated.rope_type != "yarn":
+        return
+    for factor in (2.0, 4.0, 8.0, 16.0, 32.0):
+        for length in (stated.original_max_position_embeddings,) if stated else LENGTHS:
+            if stated is not None and factor == stated.factor:
+                continue
+            base = stated or RopeScaling("yarn", factor, length)
+            scaling = replace(base, factor=factor, attention_factor=0.1 * math.log(factor) + 1)
+            says = "has none" if stated is None else f"says {stated.factor:g}"
+            words = f"YaRN by {factor:g} from a length of {length} (the config {says})"
+            yield Try(factor, {"scaling": scaling}, words, together=(factor, length))
 
 
 def before_norm(bench: Bench) -> Iterator[Try]:

@@ -10,6 +10,7 @@ import numpy as np
 from oracle.bench import Bench
 from oracle.case import rows_at
 from oracle.engine_tree import Value
+from oracle.fits import rounded
 from oracle.tries import Try
 
 
@@ -30,6 +31,28 @@ def normalised(bench: Bench) -> Iterator[Try]:
 
     yield Try("log_softmax", {"after": logs}, "they are log-probabilities, not logits")
     yield Try("softmax", {"after": lambda x: np.exp(logs(x))}, "they are probabilities, not logits")
+
+
+def penalised(bench: Bench) -> Iterator[Try]:
+    """A repetition penalty (arXiv:1909.05858): the logits of ids in the prompt over it, or times it where negative."""
+    tokens, exact = bench.replay.engine.tokens, bench.run({})
+    if tokens is None or exact.shape != bench.engine.shape:
+        return
+    ids = np.unique(tokens)
+    with np.errstate(all="ignore"):
+        ratio = exact[:, ids] / bench.engine[:, ids]
+    ratio = np.where(exact[:, ids] > 0, ratio, 1 / np.where(ratio == 0, np.nan, ratio))
+    found = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else 1.0
+    for penalty in dict.fromkeys((rounded(found, 2), rounded(found, 3), found)):
+        if penalty > 0 and abs(penalty - 1) > 1e-3:
+            after = partial(_penalised, ids, penalty)
+            yield Try(penalty, {"after": after}, f"the prompt's ids have a repetition penalty of {penalty:.6g}")
+
+
+def _penalised(ids: np.ndarray, penalty: float, logits: np.ndarray) -> np.ndarray:
+    found, own = logits.copy(), logits[:, ids]
+    found[:, ids] = np.where(own > 0, own / penalty, own * penalty)
+    return found
 
 
 def rolled(bench: Bench) -> Iterator[Try]:

@@ -44,3 +44,11 @@ def shift_experts(bench: Bench) -> Iterator[Try]:
     """Experts off by one."""
     for shift in (1, -1):
         yield Try(shift, {"shift": shift}, f"the expert with id {shift:+d} is run")
+
+
+def weighted_input(bench: Bench) -> Iterator[Try]:
+    """An expert's weight on what it reads, as in Llama 4, not on what it gives."""
+    weights, x = bench.value("moe_router"), bench.x[0]
+    if weights is not None and x.ndim == 2:
+        rows = x[:, None] * weights[..., None]
+        yield Try(None, {"x": {0: rows}}, "it reads its input times the expert's weight, as in Llama 4")

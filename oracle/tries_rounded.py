@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,14 @@ import ml_dtypes
 import numpy as np
 
 from oracle.bench import Bench, Get
+from oracle.quantised import FLOAT8, KINDS, Kind, Round, cast, int8
 from oracle.tries import Try
 
-FLOAT8: dict[str, Any] = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+# An error as many times as large or as small as what a kind makes of normal numbers may still be that kind's.
+NEAR = 6.0
+# So many columns of a matrix tell whether it is worth rounding as a whole, by leaving so much less than they did.
+COLUMNS, TELLS = 64, 0.5
+NORMED = ("attn_norm", "ffn_norm", "final_norm", "q_norm", "k_norm")
 HALF: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -31,30 +36,76 @@ def stored(bench: Bench) -> Iterator[Try]:
 
 def weights(bench: Bench) -> Iterator[Try]:
     """All its weights rounded."""
-    for name, dtype in _coarser(bench).items():
+    for name, dtype in ({} if bench.stage == "embedding" else _coarser(bench)).items():
         picks = {field: partial(_narrowed, dtype) for field in bench.row.params}
         yield Try(name, {"w": picks}, f"its weights are rounded to {name}, the checkpoint's have more bits")
+    if bench.stage == "embedding":
+        exact = bench.run({})
+        for name, kind in _likely(bench, exact.shape[-1]):
+            if "one scale" not in kind.words:  # which would take the whole table
+                yield Try(name, {"rows": kind.matrix(exact)}, f"its rows are rounded to {kind.words}")
+    elif bench.stage not in NORMED:
+        yield from _quantised(bench)
+
+
+def _quantised(bench: Bench) -> Iterator[Try]:
+    """Weights in eight bits or fewer, alone and with the input: those that some of the columns speak for."""
+    plain = _some_columns(bench, bench.x[0], partial(cast, np.float64))
+    for name, kind in _likely(bench, bench.x[0].shape[-1]):
+        x, picks = kind.rows(bench.x[0]), {field: partial(_kept, kind.matrix) for field in bench.row.params}
+        if _some_columns(bench, bench.x[0], kind.matrix) <= TELLS * plain:
+            yield Try(name, {"w": picks}, f"its weights are rounded to {kind.words}, the checkpoint's have more bits")
+        if _some_columns(bench, x, kind.matrix) <= TELLS * plain:
+            words = f"its input and its weights are rounded to {kind.words}"
+            yield Try(f"{name} both", {"w": picks, "x": {0: x}}, words)
+
+
+def _likely(bench: Bench, width: int) -> Iterator[tuple[str, Kind]]:
+    """The kinds whose error is of the size of the engine's, or greater where it is seen from afar."""
+    for name, kind in KINDS.items():
+        least = kind.error / NEAR if bench.shown else 0.0
+        if width % kind.block == 0 and least <= bench.seen <= kind.error * NEAR:
+            yield name, kind
+
+
+def _some_columns(bench: Bench, x: np.ndarray, rounded: Round) -> float:
+    """How far the first columns of each of the stage's matrices are from the engine's, with the matrices so.
+
+    Nothing where the engine's are not shown.
+    """
+    if not bench.shown:
+        return 0.0
+    experts, engine, start, apart = bench.case.experts, bench.engine, 0, 0.0
+    at: Any = ... if experts is None else np.nonzero(experts == experts.flat[0])
+    if experts is not None and x.ndim == 2:
+        x = np.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
+    for field in bench.row.params:
+        whole = bench.matrix(field)
+        rows = rounded(whole[:COLUMNS], whole)
+        apart += np.square(x[at] @ rows.T - engine[at][..., start : start + len(rows)]).sum()
+        start += len(whole)
+    return float(np.sqrt(apart))
 
 
 def inputs(bench: Bench) -> Iterator[Try]:
     """What a product reads, rounded before it, alone or with its weights."""
     x = bench.x[0]
     for name, dtype in _coarser(bench).items():
-        rows = {0: _rounded(dtype, x)}
+        rows = {0: cast(dtype, x)}
         yield Try(name, {"x": rows}, f"its input is rounded to {name} before the product")
         picks = {field: partial(_narrowed, dtype) for field in bench.row.params}
         yield Try(f"{name} both", {"x": rows, "w": picks}, f"its input and its weights are rounded to {name}")
-    yield Try("int8", {"x": {0: int8(x)}}, "its input is rounded to int8, a scale for each row")
+    for name, kind in _likely(bench, x.shape[-1]):
+        if kind.matrix is kind.rows or name == "Q8_0":  # of the other blocks the activations are Q8_0 too
+            yield Try(name, {"x": {0: kind.rows(x)}}, f"its input is rounded to {kind.words}")
 
 
 def _narrowed(dtype: Any, get: Get) -> np.ndarray:
-    return get().astype(dtype).astype(np.float64)
+    return cast(dtype, get())
 
 
-def int8(x: np.ndarray) -> np.ndarray:
-    """Rows [..., h] in 255 steps of their greatest value."""
-    step = np.abs(x).max(axis=-1, keepdims=True) / 127
-    return np.round(x / np.where(step == 0, 1, step)) * step
+def _kept(kind: Round, get: Get) -> np.ndarray:
+    return kind(get())
 
 
 def int8_result(bench: Bench) -> Iterator[Try]:
@@ -65,10 +116,8 @@ def int8_result(bench: Bench) -> Iterator[Try]:
 
 def cached(bench: Bench) -> Iterator[Try]:
     """k or v read from a cache with fewer bits."""
-    kinds: dict[str, Callable[[np.ndarray], np.ndarray]] = {"int8": int8}
-    kinds |= {name: partial(_rounded, dtype) for name, dtype in FLOAT8.items()}
-    for name, dtype in _coarser(bench).items():
-        kinds[name] = partial(_rounded, dtype)
+    kinds: dict[str, Round] = {"int8": int8}
+    kinds |= {name: partial(cast, dtype) for name, dtype in (FLOAT8 | _coarser(bench)).items()}
     K, h, start = bench.config.num_key_value_heads, bench.config.head_dim, bench.settings.get("start", 0)
     rows = bench.x[1][:, start : start + K * h]
     for name, kind in kinds.items():
@@ -76,7 +125,3 @@ def cached(bench: Bench) -> Iterator[Try]:
         part = "v" if bench.stage == "attention" else "k"
         switches: dict[str, Any] = {"x": {1: kept}} | ({"start": 0} if start else {})
         yield Try(name, switches, f"{part} is read from a cache in {name}")
-
-
-def _rounded(dtype: Any, x: np.ndarray) -> np.ndarray:
-    return x.astype(dtype).astype(np.float64)

@@ -60,15 +60,17 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
 
 
 def qkv_matmul(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """Three products side by side; `order`: which matrix stands where; `rows`: an order of columns."""
-    found = np.concatenate([x[0] @ w[f"{part}_proj"].T for part in s.get("order", "qkv")], axis=-1)
+    """Three products side by side; `order`: which matrix stands where; `rows`: of columns; `parts`: factors."""
+    parts, order = s.get("parts", {}), s.get("order", "qkv")
+    found = np.concatenate([parts.get(p, 1) * (x[0] @ w[f"{o}_proj"].T) for p, o in zip("qkv", order, strict=True)], -1)
     return found[:, s["rows"]] if "rows" in s else found
 
 
 def qkv_bias(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`times`: how often each part's bias is added."""
-    times = s.get("times", {})
-    return x[0] + np.concatenate([times.get(part, 1) * w[f"{part}_bias"] for part in "qkv"])
+    """`times`: how often each part's bias is added; `parts`: factors of what follows."""
+    times, parts = s.get("times", {}), s.get("parts", {})
+    factors = np.concatenate([np.full(len(w[f"{part}_bias"]), float(parts.get(part, 1))) for part in "qkv"])
+    return factors * (x[0] + np.concatenate([times.get(part, 1) * w[f"{part}_bias"] for part in "qkv"]))
 
 
 def linear(x: list[Array], w: dict[str, Array], s: Switches) -> Array:

@@ -89,10 +89,15 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def attention(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """softmax·V; `kv_map` as for the scores; `unmerged`: [H, S, h] read as [S, H·h]."""
+    """softmax·V; `kv_map` as for the scores; `unmerged`: [H, S, h] read as [S, H·h]; `by_dim`: [S, h, H] written.
+
+    `order`: the head that stands in each one's place.
+    """
     heads, K, h = x[0].shape[0], s["kv_heads"], s["head_dim"]
     v = x[1][:, s["start"] : s["start"] + K * h].reshape(-1, K, h)
     kv_map = s.get("kv_map", np.arange(heads) // (heads // K))
     mixed = np.einsum("jst,tjh->sjh", x[0], v[:, kv_map], optimize=True)
     mixed = mixed.swapaxes(0, 1).reshape(mixed.shape) if s.get("unmerged") else mixed
+    mixed = mixed.swapaxes(1, 2) if s.get("by_dim") else mixed
+    mixed = mixed[:, s["order"]] if "order" in s else mixed
     return mixed.reshape(len(mixed), -1)

@@ -159,6 +159,21 @@ def test_the_yardstick_must_round_as_the_engine(gguf, tmp_path: Path) -> None:
 
 
 @needs_llama
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe"])
+def test_an_engines_quantised_weights_are_told_from_the_models(gguf, tmp_path: Path, arch: str, kind: str) -> None:
+    """llama.cpp on a GGUF, explained by the checkpoint that the GGUF was made of."""
+    dump(gguf(arch, kind), tmp_path, TOKENS, positions="all")
+    (tmp_path / "manifest.json").unlink()  # most engines write none
+    told = explain(open_checkpoint(gguf(arch, kind).parent / arch), tmp_path, TOKENS)
+    named = {cause.stage: cause.explanation and cause.explanation.hypothesis for cause in told.causes}
+    parameters = {str(cause.explanation and cause.explanation.parameter) for cause in told.causes}
+    assert set(named.values()) == {"weight_rounded"}, named
+    assert parameters == {kind, f"{kind} both"}, parameters
+    assert any("the engine's weights are not MODEL's" in note for note in told.found.notes)
+
+
+@needs_llama
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_K"])
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3_moe"])
 def test_localize_finds_nothing_in_a_clean_engine(gguf, tmp_path: Path, arch: str, kind: str) -> None:

@@ -18,16 +18,25 @@ def attend(here: Place, x: Tensor) -> Tensor:
     v, before = (k if here.fault("input_other/attention/k") else v), v
     q, k = _turn(here, "q", q), _turn(here, "k", before if here.fault("input_other/k_post_rope/v") else k)
     k, v = _cached(here, "k", k), _cached(here, "v", v)
+    v = rotate(here, "v", v) if here.fault("v_rotated") else v
     scores = here.emit("attn_scores", _scores(here, q, k))
     chances = here.emit("attn_softmax", _softmax(here, scores))
     mixed = torch.einsum("jqk,kjd->qjd", chances.float(), v[:, _kv_head(here, "v_heads")].float())
     mixed = mixed.transpose(0, 1).reshape(mixed.shape) if here.fault("attention_unmerged") else mixed
+    mixed = mixed.flip(1) if here.fault("attention_head_order/reversed") else mixed
+    mixed = mixed.roll(1, 1) if here.fault("attention_head_order/other") else mixed
+    mixed = mixed.transpose(1, 2) if here.fault("attention_unmerged/h-major") else mixed
     mixed = here.emit("attention", here.round(mixed.flatten(1)))
     return here.emit("attn_out", _output(here, mixed))
 
 
 def _cached(here: Place, part: str, x: Tensor) -> Tensor:
     """k, v or what is written of k as a cache keeps it."""
+    if place := here.argument(f"kv_cache_shifted/{part}"):
+        step, _, zeros = place.partition(" ")
+        x = x.roll(int(step), 0)
+        if zeros:
+            x[0 if int(step) > 0 else -1] = 0
     kind = here.argument(f"kv_cache_rounded/{part}")
     if kind == "int8":
         scale = x.float().abs().amax(-1, keepdim=True) / 127
@@ -42,6 +51,7 @@ def _project(here: Place, x: Tensor) -> tuple[Tensor, ...]:
     taken = dict(zip(PARTS, order, strict=True))
     parts = [here.product(x, f"self_attn.{taken[part]}_proj.weight") for part in PARTS]
     widths = [part.shape[-1] for part in parts]
+    parts[0] = parts[0] * here.head_dim**-0.5 if here.fault("qkv_scaled/q") else parts[0]
     fused = torch.cat(parts, dim=-1)
     if here.fault("qkv_grouped/flat"):
         q, k, v = (part.unflatten(-1, (here.kv_heads, -1)) for part in fused.split(widths, dim=-1))

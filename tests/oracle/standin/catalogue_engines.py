@@ -7,10 +7,44 @@ from tests.oracle.standin.planted import Planted, row
 NORMED, DENSE, MOE = ("qwen3", "qwen3_moe"), ("qwen2", "qwen3"), ("qwen3_moe",)
 ROPE = "q_post_rope k_post_rope"
 ACT, PRODUCT = "ffn_silu moe_expert_swigl", "ffn_swigl moe_expert_swigl"
-F32 = ("float32",)
+F32, NOT_BF16 = ("float32",), ("float32", "float16")  # bfloat16 rounds as coarsely as int8 does
 K3 = {"config": {"num_key_value_heads": 3}}
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
+
+QUANTISED = [
+    row("weight_rounded/o_proj/Q8_0", "attn_out", "Q8_0", dtypes=NOT_BF16),
+    row("weight_rounded/o_proj/Q8_0 both", "attn_out", "Q8_0 both", dtypes=NOT_BF16),
+    row("weight_rounded/o_proj/Q4_0", "attn_out", "Q4_0"),
+    row("weight_rounded/down_proj/int8", "ffn_out moe_expert_out", "int8", dtypes=NOT_BF16),
+    row("weight_rounded/down_proj/int8 both", "ffn_out moe_expert_out", "int8 both", dtypes=NOT_BF16),
+    row("weight_rounded/gate_proj/float8_e4m3fn", "ffn_gate moe_expert_gate", "float8_e4m3fn"),
+    row("weight_rounded/up_proj/float8_e4m3fn rows", "ffn_up moe_expert_up", "float8_e4m3fn rows"),
+    row("input_rounded/o_proj/Q8_0", "attn_out", "Q8_0", dtypes=NOT_BF16),
+    row("input_rounded/gate_proj/float8_e4m3fn tensor", "ffn_gate", "float8_e4m3fn tensor", archs=DENSE),
+]
+
+SUMS = [
+    row("partial_sum/o_proj/half", "attn_out"),
+    row("partial_sum/down_proj/quarter", "ffn_out moe_expert_out"),
+    row("partial_sum/gate_proj/64", "ffn_gate moe_expert_gate", 64),
+    row("qkv_scaled/q", "qkv_matmul", "q 0.25"),
+]
+
+CACHE = [
+    row("v_rotated", "attention"),
+    row("kv_cache_shifted/k/1", "attn_scores", "+1"),
+    row("kv_cache_shifted/v/-1 zeros", "attention", "-1 and zeros"),
+    row("attention_head_order/reversed", "attention", "reversed"),
+    row("attention_head_order/other", "attention", "other"),
+    row("attention_unmerged/h-major", "attention", "h-major"),
+    row("yarn_other/4", ROPE, 4.0),
+    row("yarn_other/8", ROPE, 8.0, config={"rope_parameters": YARN}),
+    row("expert_input_weighted", "moe_expert_gate moe_expert_up", archs=MOE),
+]
+
 ENDS = [
+    row("logits_penalised/1.1", "lm_head", 1.1, per_layer=False),
     row("norm_weight_other/final_norm", "final_norm", "model.layers.0.input_layernorm.weight", per_layer=False),
     row("logits_normalised", "lm_head", "log_softmax", per_layer=False),
     row("logits_rolled", "lm_head", 1, per_layer=False),
@@ -66,4 +100,4 @@ FEED_FORWARD = [
     row("router_raw", "moe_router", archs=MOE),
 ]
 
-GROUPS: list[list[Planted]] = [ENDS, NORMS, MATRICES, ATTENTION, FEED_FORWARD]
+GROUPS: list[list[Planted]] = [QUANTISED, SUMS, CACHE, ENDS, NORMS, MATRICES, ATTENTION, FEED_FORWARD]

@@ -41,7 +41,7 @@ def run(
     `faults` says in which layers each is planted (None: wherever it can be). Raises `ValueError` for one that is
     planted where it changes nothing that is computed, a misspelt one too.
     """
-    state = Run(config, weights, getattr(torch, dtype), faults or {})
+    state = Run(config, weights, getattr(torch, dtype), faults or {}, tokens)
     with torch.no_grad(), one_thread():
         hidden = _embed(Place(state, 0), tokens)
         for layer in range(config["num_hidden_layers"]):
@@ -104,4 +104,8 @@ def _head(here: Place, hidden: Tensor) -> None:
         logits = here.round(float(limit) * (logits.float() / float(limit)).tanh())
     if here.fault("logits_normalised"):
         logits = here.round(logits.float().log_softmax(-1))
+    if penalty := here.argument("logits_penalised"):
+        own = logits[:, here.run.tokens].float()
+        logits = logits.clone()
+        logits[:, here.run.tokens] = here.round(torch.where(own > 0, own / float(penalty), own * float(penalty)))
     here.emit("lm_head", logits.roll(1, -1) if here.fault("logits_rolled") else logits)

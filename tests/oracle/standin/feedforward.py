@@ -79,6 +79,7 @@ def _mixture(here: Place, x: Tensor) -> Tensor:
     shares, ids = _route(here, x)
     roles = ("up_proj", "gate_proj") if here.fault("expert_gate_up_swapped") else ("gate_proj", "up_proj")
     rows = x[:, None].expand(-1, ids.shape[1], -1)
+    rows = rows * shares[..., None] if here.fault("expert_input_weighted") else rows
     gate = here.emit("moe_expert_gate", _in_experts(here, rows, ids, roles[0]))
     up = here.emit("moe_expert_up", _in_experts(here, rows, ids, roles[1]))
     product = here.emit("moe_expert_swigl", _gated(here, _activated(here, gate), gate, up))

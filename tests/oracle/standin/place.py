@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.oracle.standin.bits import kept
 from tests.oracle.standin.spoil import spoil
 
 Trace = dict[tuple[int | None, str], np.ndarray]
@@ -23,6 +24,7 @@ class Run:
     weights: Mapping[str, np.ndarray]
     dtype: torch.dtype
     faults: Mapping[str, Container[int] | None]
+    tokens: list[int]
     trace: Trace = field(default_factory=dict)
     struck: set[str] = field(default_factory=set)
 
@@ -104,8 +106,14 @@ class Place:
     def product(self, x: Tensor, role: str) -> Tensor:
         """x·Wᵀ in float32."""
         x, weight, short = x.float(), self.weight(role).float(), role.split(".")[-2]
-        if kept := self.argument(f"input_rounded/{short}"):
-            x = x.to(getattr(torch, kept)).float()
+        if kind := self.argument(f"input_rounded/{short}"):
+            x = kept(x, kind)
+        if (kind := self.argument(f"weight_rounded/{short}")) and kind.endswith(" both"):
+            x = kept(x, kind.removesuffix(" both"))
+        if part := self.argument(f"partial_sum/{short}"):
+            first, last = {"half": (0.0, 0.5), "quarter": (0.25, 0.5)}.get(part) or (0.0, int(part) / x.shape[-1])
+            some = slice(round(first * x.shape[-1]), round(last * x.shape[-1]))
+            return x[..., some] @ weight[:, some].T
         return x @ weight.T
 
     def has(self, role: str) -> bool:
@@ -124,8 +132,8 @@ class Place:
         values = np.array(raw, dtype=np.float32)
         if self.fault(f"weight_dtype/{short}"):  # the upper half of a float32 is a bfloat16
             values = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.float16).astype(np.float32)
-        if dtype := self.argument(f"weight_rounded/{short}"):
-            values = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
+        if kind := self.argument(f"weight_rounded/{short}"):
+            values = kept(torch.from_numpy(values), kind.removesuffix(" both")).numpy()
         if self.fault(f"weight_transposed/{short}"):
             values = values.reshape(values.shape[::-1]).T
         if self.fault(f"weight_transposed/{short}/columns"):

@@ -66,6 +66,8 @@ def _frequencies(here: Place) -> tuple[Tensor, float]:
         plain = plain / float(stated["factor"])
     if factor := here.argument("rope_linear"):
         plain = plain / float(factor)
+    if factor := here.argument("yarn_other"):
+        kind, stated = "yarn", {"original_max_position_embeddings": 32768} | stated | {"factor": factor}
     if kind != "yarn" or here.fault("yarn_missing"):
         return plain, 1.0
     scaled, magnitude = _yarn(plain, theta, stated, here.config["max_position_embeddings"])
