@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxref.stages import STAGES
 from oracle.chain import Chain, Changes, Trial, merged
+from oracle.deviations import distance
 from oracle.hypotheses import HYPOTHESES
 from oracle.local import DRIFT, Local
 
@@ -181,8 +182,14 @@ def _pairs(chain: Chain, scored: list[Scored], row: Local) -> Iterator[Scored]:
         words = f"{first.words}; and {second.words}"
         both = Trial(f"{first.name}+{second.name}", [first.parameter, second.parameter], words, changes)
         error = chain.error(changes)
-        if error * GAIN <= min(one.error, other.error):
+        if error * GAIN <= min(one.error, other.error) and _matters(chain, first, row) and _matters(chain, second, row):
             yield Scored(both, error, _through(chain, both))
+
+
+def _matters(chain: Chain, trial: Trial, row: Local) -> bool:
+    """Whether a variant changes more than rounding does; one that does not may undo another's roundings by chance."""
+    bench = chain.bench
+    return distance(bench.stage, chain.run({}), chain.run(trial.changes), bench.case.positions) > row.limit
 
 
 def _kinds(trial: Trial) -> list[set[str]]:

@@ -146,3 +146,12 @@ def test_a_fault_of_the_first_layer_is_named_without_the_embedding(models: Model
     (cause,) = explain(checkpoint, tmp_path, prompt(23, 272)).causes
     assert cause.layers == (0,) and cause.explanation is not None
     assert (cause.explanation.hypothesis, cause.explanation.stages) == ("kv_heads_modulo", ("attn_scores",))
+
+
+def test_a_pair_is_not_made_of_a_cause_and_of_what_undoes_a_rounding(models: Models, tmp_path: Path) -> None:
+    """An eps outside the root changes less than rounding does: beside a rounded input it would turn one value back."""
+    raw, weights, checkpoint = models.get("qwen2", Planted("", ()))
+    trace = run(raw, weights, prompt(23, 272), "float32", {"input_rounded/down_proj/float16": {LAYER}})
+    write(tmp_path, {key: value for key, value in trace.items() if key[1] in HIDDEN})
+    named = [cause.explanation and cause.explanation.hypothesis for cause in explain(checkpoint, tmp_path).causes]
+    assert set(named) <= {None, "input_rounded", "stored_half"}, named
