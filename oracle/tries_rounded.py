@@ -50,8 +50,8 @@ def weights(bench: Bench) -> Iterator[Try]:
 
 def _quantised(bench: Bench) -> Iterator[Try]:
     """Weights in eight bits or fewer, alone and with the input: those that some of the columns speak for."""
-    plain = _some_columns(bench, bench.x[0], partial(cast, np.float64))
-    for name, kind in _likely(bench, bench.x[0].shape[-1]):
+    for name, kind in _likely(bench, bench.x[0].shape[-1]):  # none for rows of another shape
+        plain = _some_columns(bench, bench.x[0], partial(cast, np.float64))
         x, picks = kind.rows(bench.x[0]), {field: partial(_kept, kind.matrix) for field in bench.row.params}
         if _some_columns(bench, bench.x[0], kind.matrix) <= TELLS * plain:
             yield Try(name, {"w": picks}, f"its weights are rounded to {kind.words}, the checkpoint's have more bits")
