@@ -133,17 +133,18 @@ def generate(max_tokens: int, dtype: str, device: str, ignore_eos: bool, as_json
     from jaxref.precision import numerics_of
 
     request = read_prompt(**options)
+    tokenizer = request.checkpoint.tokenizer()
     prepare(device)
     numerics, found = numerics_of(dtype), find_devices(device)[0]
     use_compilation_cache()
-    ends = frozenset() if ignore_eos or request.tokenizer is None else request.tokenizer.ends()
+    ends = frozenset() if ignore_eos or tokenizer is None else tokenizer.ends()
     steps, ids = decode(request.checkpoint, request.tokens, numerics, max_tokens, device=found), []
     with closing(steps), out_of_memory_in_words(), numerics.context():
         for step in steps:
             ids.append(step.token)
             if step.token in ends:
                 break
-    text = request.tokenizer.decode(ids) if request.tokenizer else None
+    text = tokenizer.decode(ids) if tokenizer else None
     if as_json:
         click.echo(json.dumps({"prompt_tokens": request.tokens, "tokens": ids, "text": text}))
     else:

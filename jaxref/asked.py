@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages, whole_number
-from weights import EMBEDDED, Checkpoint, Tokenizer, UserError, open_checkpoint
+from weights import EMBEDDED, Checkpoint, UserError, open_checkpoint
 
 DEFAULT_PROMPT = "What is 2+2?"
 # The default prompt in Qwen2's and Qwen3's vocabulary, for checkpoints without a tokenizer.
@@ -19,7 +19,6 @@ class Prompt:
     """A model and the token ids it is asked about."""
 
     checkpoint: Checkpoint
-    tokenizer: Tokenizer | None
     prompt: str | None
     tokens: list[int]
 
@@ -33,7 +32,6 @@ def read_prompt(
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
     checkpoint = open_checkpoint(EMBEDDED if model is None else model)
-    tokenizer = checkpoint.tokenizer()
     if tokens_file is not None:
         tokens = _read_tokens(tokens_file)
     if tokens is not None:
@@ -41,11 +39,11 @@ def read_prompt(
             raise UserError("--chat needs --prompt: token ids are taken as they are")
         text, ids = None, parse_tokens(tokens)
     else:
-        text, ids = _encode(prompt, tokenizer, chat, checkpoint)
+        text, ids = _encode(prompt, checkpoint, chat)
     size = checkpoint.config.vocab_size
     if outside := [t for t in ids if not 0 <= t < size]:
         raise UserError(f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {size - 1}")
-    return Prompt(checkpoint, tokenizer, text, ids)
+    return Prompt(checkpoint, text, ids)
 
 
 def read_selection(asked: Prompt, stages: str, layers: str, positions: str | None) -> Selection:
@@ -60,9 +58,8 @@ def read_selection(asked: Prompt, stages: str, layers: str, positions: str | Non
     )
 
 
-def _encode(
-    prompt: str | None, tokenizer: Tokenizer | None, chat: bool, checkpoint: Checkpoint
-) -> tuple[str, list[int]]:
+def _encode(prompt: str | None, checkpoint: Checkpoint, chat: bool) -> tuple[str, list[int]]:
+    tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         if prompt is not None or chat:
             raise UserError(f"{checkpoint.folder}: there is no tokenizer; give --tokens instead of --prompt")

@@ -31,12 +31,14 @@ def run_dump(
     """
     begun = time.perf_counter()
     plan, as_json, quiet = (options.pop(name) for name in ("plan", "as_json", "quiet"))
-    device, job, tokenizer = _read(options)
+    device, job = _read(options)
     from jaxref import show
 
     if plan:
         _tell_plan(shown(job), planned(job), as_json)
         return
+    # What nobody sees is not worth a third of a second; what is not readable is told before the work.
+    tokenizer = None if quiet and not as_json else job.checkpoint.tokenizer()
     with show.progress_bar(job.selection.depth(), quiet=quiet or as_json) as progress:
         report = write(job, device, progress)
     if not report.files:
@@ -66,8 +68,8 @@ def _tell_plan(job: Job, memory: MemoryPlan | None, as_json: bool) -> None:
         click.echo(str(memory))
 
 
-def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:
-    """The device's name, the job, and the tokenizer if there is one."""
+def _read(options: dict[str, Any]) -> tuple[str, Job]:
+    """The device's name and the job."""
     output, dtype, device, form, hashing, convention = (
         options.pop(name) for name in ("output", "dtype", "device", "form", "hash_weights", "convention")
     )
@@ -94,4 +96,4 @@ def _read(options: dict[str, Any]) -> tuple[str, Job, Any]:
         convention,
         as_stored=as_stored,
     )
-    return device, job, asked.tokenizer
+    return device, job

@@ -16,7 +16,7 @@ from jaxref.tree import stage_path
 from jaxref.writing import temporary_of
 from weights import UserError
 
-AT_ONCE = 1 << 20  # numbers that stay in the last cache while they are summed, written and hashed
+AT_ONCE = 1 << 18  # numbers that stay in a core's own cache while they are summed, written and hashed
 CHUNK = 1 << 16  # and in the first ones while they are summed
 
 

@@ -51,6 +51,18 @@ def test_the_embedded_model_dumps_without_any_argument(tmp_path: Path) -> None:
     assert len(manifest["tokens"]) == 12
 
 
+def test_a_broken_tokenizer_stands_in_the_way_of_texts_alone(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_random(model, tiny_config("qwen2"))
+    (model / "tokenizer.json").write_text("{}")
+    ids = ("dump", model, "--tokens", "1,2,3", "--output", tmp_path / "tree")
+    assert "the tokenizer is not readable" in refused(*ids)
+    assert "the tokenizer is not readable" in refused(*ids, "--json")
+    assert not (tmp_path / "tree").exists()
+    assert command(*ids, "--quiet").returncode == 0
+    assert (tmp_path / "tree" / "manifest.json").exists()
+
+
 def test_json_is_one_object_and_quiet_is_quiet(tmp_path: Path) -> None:
     done = command("dump", "--tokens", "1,2,3", "--json", "--output", tmp_path / "tree")
     facts = json.loads(done.stdout)

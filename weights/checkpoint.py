@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ class Checkpoint:
         self.config = config
         self.files = files  # file name -> open file
         self._places = places  # tensor name -> file name
-        self._tokenizer = tokenizer
+        self._tokenizer = cache(tokenizer)
         self.stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in places)
         _check_tensors(config, self)
 
