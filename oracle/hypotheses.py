@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxref.stages import STAGES
-from oracle import tries, tries_cache, tries_ends, tries_fused, tries_inputs, tries_masks, tries_sums
+from oracle import tries, tries_cache, tries_ends, tries_fused, tries_inputs, tries_masks, tries_rows, tries_sums
 from oracle import tries_attention as attention
 from oracle import tries_bias as biases
 from oracle import tries_experts as experts
@@ -229,6 +229,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("logits_capped", ("lm_head",), each("capped at {:g} by tanh", "cap", 30.0, 50.0, 20.0, 15.0)),
     Hypothesis("scaled", (*PRODUCTS, "moe_router", "moe_ffn_out"), tries.times, generic=True),
     Hypothesis("input_other", READERS, tries_inputs.other),
+    Hypothesis("rows_moved", tries_rows.BY_TOKEN, tries_rows.moved),
     Hypothesis("kv_cache_rounded", ("attn_scores", "attention"), bits.cached),
     Hypothesis("kv_cache_rounded", ("k_post_rope",), bits.int8_result),
     Hypothesis("weight_rounded", ("embedding", *MATRICES, "lm_head", *NORMS, *HEAD_NORMS), bits.weights),

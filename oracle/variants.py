@@ -98,7 +98,8 @@ _BY_FUNCTION["rms_norm"] = norm
 def variant_of(stage: str) -> Callable[[list[Array], dict[str, Array], Switches], Array] | None:
     """The function with switches of a stage; None for the experts' ids, which are judged otherwise.
 
-    Of each: `stored`, the dtype that the result is rounded to, and `shown`, what an engine has in its place.
+    Of each: `owners`, whose rows stand where; `stored`, the dtype that the result is rounded to, and `shown`, what an
+    engine has in its place.
     """
     function = _BY_FUNCTION.get(getattr(STAGES[stage].function, "__name__", ""))
     return None if function is None else partial(_stored, function)
@@ -106,6 +107,7 @@ def variant_of(stage: str) -> Callable[[list[Array], dict[str, Array], Switches]
 
 def _stored(function: Callable[..., Array], x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     found = function(x, w, s)
+    found = found[s["owners"]] if "owners" in s else found
     if "stored" not in s:
         return found
     rounded, shown = found.astype(s["stored"]).astype(np.float64), s.get("shown")

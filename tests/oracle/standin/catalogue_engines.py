@@ -100,4 +100,17 @@ FEED_FORWARD = [
     row("router_raw", "moe_router", archs=MOE),
 ]
 
-GROUPS: list[list[Planted]] = [QUANTISED, SUMS, CACHE, ENDS, NORMS, MATRICES, ATTENTION, FEED_FORWARD]
+ROWS = [
+    row("rows_moved/ffn_norm/all 0", "ffn_norm", "all 0"),
+    row("rows_moved/attn_out/+1", "attn_out", "+1"),
+    row("rows_moved/qkv_matmul/-1", "qkv_matmul", "-1"),
+    row("rows_moved/ffn_out/reversed", "ffn_out", "reversed", archs=DENSE),
+    row("rows_moved/moe_ffn_out/other", "moe_ffn_out", "other", archs=MOE),
+    row("rows_moved/post_attn_residual/+1", "post_attn_residual", "+1"),
+    row("rows_moved/post_attn_residual.first/+1", "post_attn_residual", "hidden +1"),
+    row("rows_moved/post_ffn_residual.second/reversed", "post_ffn_residual", "ffn_out reversed", archs=DENSE),
+    row("rows_moved/post_ffn_residual.second/all 0", "post_ffn_residual", "moe_ffn_out all 0", archs=MOE),
+    row("rows_moved/attention/other", "attention", "other"),
+]
+
+GROUPS: list[list[Planted]] = [QUANTISED, SUMS, CACHE, ENDS, NORMS, MATRICES, ATTENTION, FEED_FORWARD, ROWS]

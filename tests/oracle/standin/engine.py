@@ -77,6 +77,10 @@ def _layer(here: Place, hidden: Tensor) -> Tensor:
 def _add(here: Place, stage: str, hidden: Tensor, normed: Tensor, branch: Tensor) -> Tensor:
     """The hidden state with a branch added."""
     hidden, branch = here.read(stage, hidden), here.read(f"{stage}.second", branch)
+    if here.fault(f"rows_moved/{stage}.first/+1"):
+        hidden = hidden.roll(1, 0)
+    if order := here.argument(f"rows_moved/{stage}.second"):
+        branch = branch.flip(0) if order == "reversed" else branch[:1].expand_as(branch)
     total = hidden + branch
     if factor := here.argument(f"residual_scaled/{stage}"):
         total = hidden + here.round(branch.float() * float(factor))

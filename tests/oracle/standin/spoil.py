@@ -21,6 +21,15 @@ def spoil(here: Place, stage: str, x: Tensor) -> Tensor:
     if here.fault(f"noise/{stage}"):
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
         x = (x.float() * (1 + 0.01 * noise)).to(x.dtype)
+    if order := here.argument(f"rows_moved/{stage}"):
+        count = torch.arange(len(x))
+        orders = {
+            "all 0": 0 * count,
+            "reversed": count.flip(0),
+            "+1": count.roll(1),
+            "-1": (count + 1).clamp(max=len(x) - 1),
+        }
+        x = x[orders.get(order, torch.where(count == TOKEN, TOKEN + 2, count))]
     if dtype := here.argument(f"stored_half/{stage}"):
         x = x.to(getattr(torch, dtype)).float()
     if limit := here.argument(f"saturation/{stage}"):
