@@ -90,11 +90,11 @@ class Placement:
     def memory(self, job: Job) -> MemoryPlan:
         """What the job will need on each device. Raises `UserError` where that is more than the limit."""
         from jaxref.devices import parse_size
-        from jaxref.memory import plan_memory, workspace
+        from jaxref.memory import plan_memory
         from jaxref.mesh import TENSOR, parse_mesh
 
         ways = 1 if self.mesh is None else parse_mesh(self.mesh)[TENSOR]
-        plan = plan_memory(job.selection, job.numerics, ways=ways, workspace=workspace(self.device))
+        plan = plan_memory(job.selection, job.numerics, ways=ways, platform=self.device)
         return plan.fit(None if self.limit is None else parse_size(self.limit))
 
 

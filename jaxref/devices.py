@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterator, MutableMapping
@@ -14,9 +16,11 @@ from jax.sharding import Mesh
 from jaxref.malloc import keep_freed_memory
 from jaxref.precision import Device
 from weights import UserError
+from weights.errors import plain
 
 # Run to run the same bits: no atomics, and the first algorithm instead of the one that happened to be the fastest.
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# Of a product the first would be one of Triton's with tiles of 16 × 8; without those it is the one that cuBLAS picks.
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
 FREE_SHARE = 0.9  # of a device's free memory, where no bound is given
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
@@ -30,12 +34,12 @@ def prepare(name: str, environment: MutableMapping[str, str] = os.environ) -> No
     """
     keep_freed_memory()
     if name != "cuda":
-        if "JAX_PLATFORMS" not in environment:
+        if not environment.get("JAX_PLATFORMS"):
             jax.config.update("jax_platforms", name)  # else JAX would take memory of a GPU that is not asked for
         return
     flags = environment.get("XLA_FLAGS", "")
-    if DETERMINISTIC.split("=")[0] not in flags:
-        environment["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    missing = [flag for flag in DETERMINISTIC if flag.split("=")[0] not in flags]
+    environment["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     # JAX would take three quarters of the card at once: --max-device-memory would bound nothing, and an engine that
     # runs beside us would find no room. It may grow to 95 %, since 90 % of what is free are to be usable.
     environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -45,13 +49,49 @@ def prepare(name: str, environment: MutableMapping[str, str] = os.environ) -> No
 
 def find_devices(name: str) -> list[Any]:
     """All devices of "cpu" or "cuda" as JAX knows them, at least one. Raises `UserError` where there is none."""
+    with _plugin_errors() as said:
+        try:
+            return jax.devices(name)
+        except (RuntimeError, AssertionError) as error:  # JAX asserts that some platform of JAX_PLATFORMS started
+            reason = " ".join(str(said[0] if said else error).split()) or "no backend started"
+            raise UserError(f"--device {name}: JAX finds none ({plain(reason)}); {_advice(name)}") from None
+
+
+def _advice(name: str) -> str:
+    """What to look at where there is no such device."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked and name not in asked.replace("gpu", "cuda").split(","):
+        return f"JAX_PLATFORMS={asked} says where it looks: unset it, or set it to {name}"
+    if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return "`nvidia-smi` tells whether there is a card"
+    return "pip install 'jaxref[cuda12]' brings CUDA"
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Compute on the CPU, whatever else there is; for command lines. Raises `UserError` where JAX has none."""
+    prepare("cpu")
+    with jax.default_device(find_devices("cpu")[0]):
+        yield
+
+
+@contextmanager
+def _plugin_errors() -> Iterator[list[BaseException]]:
+    """Why a plugin of JAX does not start, which JAX would log with a traceback."""
+    said: list[BaseException] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        found = record.exc_info[1] if record.exc_info else None
+        if found is not None:
+            said.append(found)
+        return found is None
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
     try:
-        return jax.devices(name)
-    except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"--device {name}: JAX finds none ({reason}); pip install 'jaxref[cuda12]' brings CUDA"
-        ) from None
+        yield said
+    finally:
+        logger.removeFilter(keep)
 
 
 def described(device: Device, mesh: Mesh | None) -> dict[str, Any]:

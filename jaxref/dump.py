@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxref.activations import coarsest_activation
 from jaxref.devices import described, memory_limit, out_of_memory_in_words
 from jaxref.hosts import Crew
-from jaxref.memory import MemoryPlan, plan_memory, workspace
+from jaxref.memory import MemoryPlan, plan_memory
 from jaxref.mesh import TENSOR, to_host
 from jaxref.model import Piece
 from jaxref.precision import PRECISION, Device, Numerics
@@ -56,7 +56,7 @@ class Job:
         """What the job needs on a device while the layers are streamed."""
         ways = 1 if self.mesh is None else self.mesh.shape[TENSOR]
         platform = "cpu" if self.device is None else self.device.platform
-        return plan_memory(self.selection, self.numerics, ways=ways, workspace=workspace(platform))
+        return plan_memory(self.selection, self.numerics, ways=ways, platform=platform)
 
     def run(self, producer: str, packages: Sequence[str], device: dict[str, Any], precision: str) -> dict[str, Any]:
         """What the bytes depend on, as JSON values; the head of the manifest."""

@@ -83,14 +83,15 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def plan_memory(selection: Selection, numerics: Numerics, *, ways: int = 1, workspace: int = 0) -> MemoryPlan:
-    """What a run needs on each of `ways` devices. `workspace` are bytes that the device's libraries take."""
+def plan_memory(selection: Selection, numerics: Numerics, *, ways: int = 1, platform: str = "cpu") -> MemoryPlan:
+    """What a run needs on each of `ways` devices of a platform, "cpu" or another."""
+    workspace = 0 if platform == "cpu" else GPU_WORKSPACE
     config, count = selection.config, max(1, selection.count)
     kinds = sorted({config.is_moe(i): i for i in reversed(range(config.num_hidden_layers))}.values())
     plain = {config.is_moe(i): _share(layer_rows(config, i), config, numerics, ways) for i in kinds}
     expert = _share(EXPERTS, config, numerics, ways) if config.num_experts else 0
     routed = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
-    whole, block = ((rows, config.hidden_size) for rows in (config.vocab_size, head_rows(config)))
+    whole, block = ((rows, config.hidden_size) for rows in (config.vocab_size, head_rows(config, platform)))
     layers = (config.num_hidden_layers - routed) * plain.get(False, 0) + routed * plain.get(True, 0)
     layers += routed * config.num_experts * expert
     ends = config.hidden_size * numerics.compute.itemsize + _split_bytes(HEAD, whole, config, numerics, ways)
@@ -100,14 +101,9 @@ def plan_memory(selection: Selection, numerics: Numerics, *, ways: int = 1, work
         model=layers + ends,
         head=_split_bytes(HEAD, block, config, numerics, ways),
         activations=max(_layer_activations(config, i, count, numerics) for i in kinds) + workspace,
-        logits=_head_activations(selection, numerics) + workspace,
+        logits=_head_activations(selection, numerics, platform) + workspace,
         waiting=min(WAITING, selection.size(numerics.compute.itemsize)),
     )
-
-
-def workspace(platform: str) -> int:
-    """Bytes that a device's libraries take beside what a program asks for."""
-    return 0 if platform == "cpu" else GPU_WORKSPACE
 
 
 def trace_bytes(config: Config, count: int, numerics: Numerics) -> int:
@@ -169,10 +165,10 @@ def _elements(stage: Stage, config: Config, count: int) -> int:
     return math.prod(stage.shape(config, count))
 
 
-def _head_activations(selection: Selection, numerics: Numerics) -> int:
+def _head_activations(selection: Selection, numerics: Numerics, platform: str) -> int:
     config, count = selection.config, selection.count
-    rows = selection.rows(STAGES["lm_head"])
-    x, block = count * config.hidden_size, head_rows(config) * (count if rows is None else len(rows))
+    rows, made = selection.rows(STAGES["lm_head"]), head_rows(config, platform)
+    x, block = count * config.hidden_size, made * (count if rows is None else len(rows))
     if numerics.sums != numerics.compute:
-        block += head_rows(config) * config.hidden_size
+        block += made * config.hidden_size
     return 3 * x * numerics.compute.itemsize + 2 * (x + block) * numerics.sums.itemsize

@@ -45,6 +45,12 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def platform_of(place: Any) -> str:
+    """The platform of a device, of a mesh, or (None) of where JAX would compute anyway: "cpu" or another."""
+    device = place.devices.flat[0] if isinstance(place, Mesh) else place or jax.devices()[0]
+    return device.platform
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
     """A mesh of the first of these devices.
 

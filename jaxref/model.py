@@ -29,9 +29,9 @@ Trace = dict[str, Any]  # {"layer-0": {stage: array}, …, "final_norm": [S, D],
 
 # The largest block of attention scores, in numbers: memory grows as S, not as S².
 SCORES_IN_BLOCK = 1 << 24
-# The largest block of the output projection, in numbers: the head never has to fit in memory, and a block of it is
-# converted and multiplied while it lies in the cache.
-HEAD_IN_BLOCK = 1 << 22
+# The largest block of the output projection, in numbers: the head never has to fit in memory. On a CPU a block is
+# converted and multiplied while it lies in the cache; elsewhere it is one more program to start, so they are fewer.
+HEAD_IN_BLOCK, HEAD_IN_BLOCK_ELSEWHERE = 1 << 22, 1 << 24
 
 
 class Piece(NamedTuple):
@@ -217,9 +217,10 @@ def query_rows(heads: int, count: int, keys: int) -> int:
     return min(count, max(1, SCORES_IN_BLOCK // (heads * keys)))
 
 
-def head_rows(config: Config) -> int:
+def head_rows(config: Config, platform: str = "cpu") -> int:
     """How many rows of the output projection one block holds."""
-    return min(config.vocab_size, max(1, HEAD_IN_BLOCK // config.hidden_size))
+    most = HEAD_IN_BLOCK if platform == "cpu" else HEAD_IN_BLOCK_ELSEWHERE
+    return min(config.vocab_size, max(1, most // config.hidden_size))
 
 
 def forward(params: Params, tokens: ArrayLike, config: Config, dtype: str = "float32") -> Trace:

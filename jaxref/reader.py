@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxref import ops
 from jaxref.activations import Matrix, Weight, activation_of
-from jaxref.mesh import put, replicated, sharding, to_host
+from jaxref.mesh import platform_of, put, replicated, sharding, to_host
 from jaxref.model import head_rows
 from jaxref.precision import Device, Numerics
 from weights import Checkpoint, Expert, Layer
@@ -101,7 +101,7 @@ class Reader:
 
     def head(self) -> Iterator[Matrix]:
         """The output projection in blocks of the vocabulary, one of them always on its way."""
-        views = self.checkpoint.head_blocks(head_rows(self.checkpoint.config))
+        views = self.checkpoint.head_blocks(head_rows(self.checkpoint.config, platform_of(self.device)))
         return self.ahead(partial(self.parameters, self.checkpoint.head_name, view) for view in views)
 
     def forget(self) -> None:

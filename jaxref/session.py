@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxref.devices import find_devices, memory_limit, out_of_memory_in_words
-from jaxref.memory import plan_memory, size, trace_bytes, workspace
+from jaxref.memory import plan_memory, size, trace_bytes
 from jaxref.mesh import TENSOR, make_mesh, parse_mesh
 from jaxref.model import Trace, join_blocks, lm_head
 from jaxref.precision import Device, numerics_of
@@ -150,7 +150,7 @@ class Session:
     def _fits(self, selection: Selection, kept: int = 0) -> None:
         """Raise `UserError` where this does not fit, with `kept` bytes of what was computed."""
         ways = 1 if self.mesh is None else self.mesh.shape[TENSOR]
-        plan = plan_memory(selection, self.numerics, ways=ways, workspace=workspace(self.device.platform))
+        plan = plan_memory(selection, self.numerics, ways=ways, platform=self.device.platform)
         if self._limit is not None and plan.resident + kept > self._limit:
             raise UserError(
                 f"{self.checkpoint.name} with {selection.count} tokens needs {size(plan.resident + kept)} on a device"

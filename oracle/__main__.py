@@ -178,11 +178,13 @@ def plant(fault: str, at: str, **options: Any) -> None:
 
 
 def _write_planted(fault: str, at: str, job: Job, device: str, progress: Progress) -> Report:
+    from jaxref.devices import on_cpu
     from jaxref.selection import parse_layers
     from oracle.plant import Plant, dump_planted
 
     layers = parse_layers(at, job.checkpoint.config.num_hidden_layers)
-    return dump_planted(job, Plant(fault, layers), progress, platform="cpu")
+    with on_cpu():
+        return dump_planted(job, Plant(fault, layers), progress, platform="cpu")
 
 
 @main.command("llama-cpp")

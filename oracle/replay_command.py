@@ -46,15 +46,14 @@ def run_replay(options: dict[str, Any], *, explained: bool) -> int:
     checkpoint, tokens = _asked(model, options)
     from jaxref import show
     from jaxref.__main__ import use_compilation_cache
-    from jaxref.devices import prepare
+    from jaxref.devices import on_cpu
     from oracle.explain import Explained, explain
     from oracle.localize import localize
     from oracle.told import print_told
     from oracle.told_json import records
 
-    prepare("cpu")
     use_compilation_cache()
-    with show.progress_bar(checkpoint.config.num_hidden_layers, quiet=as_json) as progress:
+    with on_cpu(), show.progress_bar(checkpoint.config.num_hidden_layers, quiet=as_json) as progress:
         if explained:
             result = explain(checkpoint, tree, tokens, progress=progress, **options)
         else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -15,10 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxref
-from jaxref import devices, model
 from jaxref import dump as dumping
+from jaxref import model
 from jaxref import reader as reading
-from jaxref.devices import DETERMINISTIC, out_of_memory_in_words, prepare
 from jaxref.precision import numerics_of
 from jaxref.reader import Reader
 from jaxref.session import Session
@@ -161,60 +158,3 @@ def test_values_start_home_as_soon_as_they_exist(zoo, tmp_path, monkeypatch) -> 
     monkeypatch.setattr(dumping, "stream", lambda c, t, s, n, place, **options: stream(c, t, s, n, None, **options))
     write_tree(zoo("qwen3"), tmp_path, TOKENS, stages="attn_norm,lm_head", layers="0..2")
     assert sent == ["attn_norm", "attn_norm", "lm_head"]
-
-
-def test_what_is_set_for_a_gpu_and_what_is_kept(monkeypatch) -> None:
-    seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(devices.jax.config, "update", lambda *words: seen.append(words))
-    environment: dict[str, str] = {}
-    prepare("cpu", environment)
-    prepare("cpu", {"JAX_PLATFORMS": "cuda,cpu"})
-    assert (seen, environment) == ([("jax_platforms", "cpu")], {})
-    prepare("cuda", environment)
-    assert environment == {
-        "XLA_FLAGS": DETERMINISTIC,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_CLIENT_MEM_FRACTION": "0.95",
-    }
-    kept = {"XLA_FLAGS": "--a --xla_gpu_deterministic_ops=false", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
-    kept |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
-    environment = dict(kept)
-    prepare("cuda", environment)
-    assert environment == kept
-    environment = {"XLA_FLAGS": "--xla_dump_to=x"}
-    prepare("cuda", environment)
-    assert environment["XLA_FLAGS"] == f"--xla_dump_to=x {DETERMINISTIC}"
-
-
-def test_the_command_line_sets_it_before_jax_starts_and_an_import_does_not() -> None:
-    """XLA ends the process where a flag is unknown to it, so this also shows that the installed one knows it."""
-    script = """
-import os, jax, jaxref, jaxref.__main__ as cli
-from jax._src import xla_bridge
-assert "XLA_FLAGS" not in os.environ
-seen, find = [], jax.devices
-def watched(*names):
-    seen.append((os.environ.get("XLA_FLAGS"), xla_bridge.backends_are_initialized()))
-    return find(*names)
-jax.devices = watched
-try:
-    cli.main(["dump", "tiny", "--device", "cuda", "--output", "/nowhere/at/all"], standalone_mode=False)
-except Exception as error:
-    assert "JAX finds none" in str(error), error
-assert seen == [("--xla_gpu_deterministic_ops=true", False)], seen
-find("cpu")
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, env=clean_environment())
-
-
-def clean_environment() -> dict[str, str]:
-    import os
-
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-
-
-def test_a_full_device_is_one_line() -> None:
-    with pytest.raises(UserError, match="memory is full"), out_of_memory_in_words():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), out_of_memory_in_words():
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
