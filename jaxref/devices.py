@@ -20,7 +20,12 @@ from weights.errors import plain
 
 # Run to run the same bits: no atomics, and the first algorithm instead of the one that happened to be the fastest.
 # Of a product the first would be one of Triton's with tiles of 16 × 8; without those it is the one that cuBLAS picks.
-DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
+# And the products of q, k and v stay three: to make one of them, XLA would copy their weights each time.
+CUDA_FLAGS = (
+    "--xla_gpu_deterministic_ops=true",
+    "--xla_gpu_enable_triton_gemm=false",
+    "--xla_gpu_dot_merger_threshold_mb=0",
+)
 FREE_SHARE = 0.9  # of a device's free memory, where no bound is given
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
@@ -38,7 +43,7 @@ def prepare(name: str, environment: MutableMapping[str, str] = os.environ) -> No
             jax.config.update("jax_platforms", name)  # else JAX would take memory of a GPU that is not asked for
         return
     flags = environment.get("XLA_FLAGS", "")
-    missing = [flag for flag in DETERMINISTIC if flag.split("=")[0] not in flags]
+    missing = [flag for flag in CUDA_FLAGS if flag.split("=")[0] not in flags]
     environment["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     # JAX would take three quarters of the card at once: --max-device-memory would bound nothing, and an engine that
     # runs beside us would find no room. It may grow to 95 %, since 90 % of what is free are to be usable.

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from jaxref import devices
-from jaxref.devices import DETERMINISTIC, find_devices, out_of_memory_in_words, prepare
+from jaxref.devices import CUDA_FLAGS, find_devices, out_of_memory_in_words, prepare
 from tests.test_cli import refused
 from weights import UserError
 
@@ -25,11 +25,11 @@ def test_what_is_set_for_a_gpu_and_what_is_kept(monkeypatch) -> None:
     assert (seen, environment) == ([("jax_platforms", "cpu")], {})
     prepare("cuda", environment)
     assert environment == {
-        "XLA_FLAGS": " ".join(DETERMINISTIC),
+        "XLA_FLAGS": " ".join(CUDA_FLAGS),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_CLIENT_MEM_FRACTION": "0.95",
     }
-    flags = "--a --xla_gpu_deterministic_ops=false --xla_gpu_enable_triton_gemm=true"
+    flags = "--a --xla_gpu_deterministic_ops=false --xla_gpu_enable_triton_gemm=1 --xla_gpu_dot_merger_threshold_mb=9"
     kept = {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
     kept |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
     environment = dict(kept)
@@ -37,7 +37,7 @@ def test_what_is_set_for_a_gpu_and_what_is_kept(monkeypatch) -> None:
     assert environment == kept
     environment = {"XLA_FLAGS": "--xla_dump_to=x"}
     prepare("cuda", environment)
-    assert environment["XLA_FLAGS"].split() == ["--xla_dump_to=x", *DETERMINISTIC]
+    assert environment["XLA_FLAGS"].split() == ["--xla_dump_to=x", *CUDA_FLAGS]
 
 
 def test_the_command_line_sets_it_before_jax_starts_and_an_import_does_not() -> None:
@@ -45,6 +45,7 @@ def test_the_command_line_sets_it_before_jax_starts_and_an_import_does_not() -> 
     script = """
 import os, jax, jaxref, jaxref.__main__ as cli
 from jax._src import xla_bridge
+from jaxref.devices import CUDA_FLAGS
 assert "XLA_FLAGS" not in os.environ
 seen, find = [], jax.devices
 def watched(*names):
@@ -55,7 +56,7 @@ try:
     cli.main(["dump", "tiny", "--device", "cuda", "--output", "/nowhere/at/all"], standalone_mode=False)
 except Exception as error:
     assert "JAX finds none" in str(error), error
-assert seen == [("--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false", False)], seen
+assert seen == [(" ".join(CUDA_FLAGS), False)], seen
 find("cpu")
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=clean_environment())

@@ -41,11 +41,11 @@ def cases() -> Iterator[tuple[str, Key]]:
                 yield name, (layer, stage)
 
 
-def abstract(stage, config: Config, layer: int | None, numerics, count: int = COUNT):
-    """The stage's function with shapes in place of values."""
+def abstract(stage, config: Config, layer: int | None, numerics, count: int = COUNT, sharding=None):
+    """The stage's function with shapes in place of values, which lie where `sharding` says."""
 
     def shaped(shape, dtype=numerics.compute):
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     inputs = []
     for key in stage.upstream(config, layer):
