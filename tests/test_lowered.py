@@ -41,11 +41,15 @@ def cases() -> Iterator[tuple[str, Key]]:
                 yield name, (layer, stage)
 
 
-def abstract(stage, config: Config, layer: int | None, numerics, count: int = COUNT, sharding=None):
-    """The stage's function with shapes in place of values, which lie where `sharding` says."""
+def anywhere(name: str, shape: tuple[int, ...]) -> None:
+    """No word on where a parameter lies, or (with no name) an input."""
 
-    def shaped(shape, dtype=numerics.compute):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+def abstract(stage, config: Config, layer: int | None, numerics, count: int = COUNT, where=anywhere):
+    """The stage's function with shapes in place of values."""
+
+    def shaped(shape, dtype=numerics.compute, name=""):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where(name, shape))
 
     inputs = []
     for key in stage.upstream(config, layer):
@@ -57,8 +61,9 @@ def abstract(stage, config: Config, layer: int | None, numerics, count: int = CO
     if stage.per_expert:
         inputs = [shaped((count, inputs[0].shape[-1]))]
     rows = [*EXPERTS] if stage.per_expert else layer_rows(config, layer or 0) + model_rows(config)
-    shapes = {row.field: row.shape(config) for row in rows} | {"head": (config.vocab_size, config.hidden_size)}
-    params = [shaped(shapes[field]) for field in stage.params]
+    named = {row.field: (row.shape(config), row.name) for row in rows}
+    named["head"] = (config.vocab_size, config.hidden_size), "lm_head.weight"
+    params = [shaped(named[field][0], name=named[field][1]) for field in stage.params]
     return stage.function.trace(*inputs, *params, **stage.settings(config, layer or 0), numerics=numerics)
 
 

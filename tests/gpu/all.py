@@ -108,7 +108,7 @@ class Run:
         print(f"  left out: {reason}", file=sys.stderr, flush=True)
 
     def tests(self) -> str:
-        said = self.step("tests", [sys.executable, "-m", "pytest", "-q", "-x", "tests/gpu"], TESTS)
+        said = self.step("tests", [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/gpu"], TESTS)
         return "failed" if said is None else "passed" if "skipped" not in said else f"not all ran: {said}"
 
     def write_models(self) -> subprocess.Popen[bytes]:

@@ -5,8 +5,9 @@
 XLA's CUDA compiler runs without a card and without a driver; it is in the plugin (`pip install 'jaxref[cuda12]'`).
 Flags are those of `--device cuda`. A program's products may be calls of cuBLAS, which is no part of the machine code:
 of those, XLA's own settings are shown. Prints one JSON object: "programs", each with its calls, the precisions of its
-products, the bytes it takes beside inputs and outputs and the bytes planned for them; and "instructions", how often
-each of PTX's that says something about precision or order occurs in all of them.
+products, the bytes it takes beside inputs and outputs and the bytes planned for them; "split", the same of a model
+that four cards share, with what goes between them; and "instructions", how often each of PTX's occurs that says
+something about precision or order.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import json
 import os
 import re
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.cards import CARDS, target
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+BETWEEN = re.compile(r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 # Products by matrix units, sums by atomics, and functions that are not computed to the last bit.
 TOLD = re.compile(r"\b((?:mma|wgmma|atom|red|ex2|rsqrt|rcp|div|sqrt)\.[a-z0-9_.]+)")
 WHOLE = ("qwen2", "qwen3", "moe")  # models whose forward is compiled as one program
@@ -35,13 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--card", choices=CARDS, default="H100")
     with tempfile.TemporaryDirectory() as folder:
-        place = _without_card(parser.parse_args().card, Path(folder))
-        programs = [*_stages(place), *_large(place), *_whole(place)]
-        print(json.dumps({"programs": programs, "instructions": _instructions(Path(folder))}))
+        cards = _without_cards(parser.parse_args().card, Path(folder))
+        programs = [*_stages(cards[0]), *_large(cards[0]), *_whole(cards[0])]
+        told = {"programs": programs, "split": [*_split(cards)], "instructions": _instructions(Path(folder))}
+        print(json.dumps(told))
 
 
-def _without_card(card: str, folder: Path) -> Any:
-    """Where to compile for; what is compiled leaves its PTX in `folder`. Before JAX's backend starts."""
+def _without_cards(card: str, folder: Path) -> list[Any]:
+    """Four of them to compile for; what is compiled leaves its PTX in `folder`. Before JAX's backend starts."""
     from jaxref.devices import prepare
 
     prepare("cuda")
@@ -49,37 +51,62 @@ def _without_card(card: str, folder: Path) -> Any:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which asks the driver
     import jax
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
     jax.config.update("jax_platforms", "cpu")
-    devices = topologies.get_topology_desc("", "cuda", topology="1x1x1", target_config=target(card)).devices
-    return SingleDeviceSharding(devices[0])
+    return topologies.get_topology_desc("", "cuda", topology="1x1x4", target_config=target(card)).devices
 
 
-def _stages(place: Any) -> Iterator[dict[str, Any]]:
+def _stages(card: Any) -> Iterator[dict[str, Any]]:
     """Every stage of every kind of model in every precision."""
     from tests.test_lowered import cases, config_of
 
     for dtype in DTYPES:
         for name, key in cases():
-            yield _stage(config_of(name), key, dtype, 64, place) | {"model": name}
+            yield _stage(config_of(name), key, dtype, 64, _on(card)) | {"model": name}
 
 
-def _large(place: Any) -> Iterator[dict[str, Any]]:
-    """The stages of a layer of the 7B and its head."""
+def _large(card: Any) -> Iterator[dict[str, Any]]:
+    """The stages of a layer of the 7B."""
+    config, keys = _large_shape()
+    for dtype in DTYPES:
+        for key in keys:
+            yield _stage(config, key, dtype, LARGE[2], _on(card)) | {"model": LARGE[1]}
+
+
+def _split(cards: list[Any]) -> Iterator[dict[str, Any]]:
+    """The same, for four cards that share the parameters."""
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
+    from jaxref.mesh import TENSOR, replicated, sharding
+
+    config, keys = _large_shape()
+    mesh = Mesh(np.array(cards), (TENSOR,), axis_types=(AxisType.Auto,))
+
+    def where(name: str, shape: tuple[int, ...]) -> Any:
+        return sharding(mesh, name, shape, config) if name else replicated(mesh)
+
+    for key in keys:
+        yield _stage(config, key, "float32", LARGE[2], where)
+
+
+def _large_shape() -> tuple[Any, list[Any]]:
+    """The config and the stages but for those of the tables, which are never on a device as a whole."""
     from jaxref.stages import keys_of
     from weights import config_from_dict
     from weights.tiny import tiny_config
 
-    arch, like, count = LARGE
-    config = config_from_dict(tiny_config(arch, like, 1))
-    for dtype in DTYPES:
-        for key in keys_of(config):
-            if key[1] not in ("embedding", "lm_head"):  # whose tables are never on the device as a whole
-                yield _stage(config, key, dtype, count, place) | {"model": like}
+    config = config_from_dict(tiny_config(*LARGE[:2], 1))
+    return config, [key for key in keys_of(config) if key[1] not in ("embedding", "lm_head")]
 
 
-def _stage(config: Any, key: Any, dtype: str, count: int, place: Any) -> dict[str, Any]:
+def _on(card: Any) -> Callable[[str, tuple[int, ...]], Any]:
+    from jax.sharding import SingleDeviceSharding
+
+    return lambda name, shape: SingleDeviceSharding(card)
+
+
+def _stage(config: Any, key: Any, dtype: str, count: int, where: Callable[..., Any]) -> dict[str, Any]:
     from jaxref.memory import GPU_WORKSPACE, stage_work
     from jaxref.precision import numerics_of
     from jaxref.stages import STAGES
@@ -87,38 +114,39 @@ def _stage(config: Any, key: Any, dtype: str, count: int, place: Any) -> dict[st
 
     numerics, stage = numerics_of(dtype), STAGES[key[1]]
     with numerics.context():
-        lowered = abstract(stage, config, key[0], numerics, count, place).lower()
+        lowered = abstract(stage, config, key[0], numerics, count, where).lower()
         planned = stage_work(stage, config, key[0], count, numerics) + GPU_WORKSPACE
         return _told(lowered) | {"stage": key[1], "dtype": dtype, "planned": planned}
 
 
-def _whole(place: Any) -> Iterator[dict[str, Any]]:
+def _whole(card: Any) -> Iterator[dict[str, Any]]:
     """`jax.jit(jaxref.forward)`."""
     import jax
     import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
 
     import jaxref
     from tests.test_lowered import config_of
     from weights import random_params
 
     def shaped(like: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=place)
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=SingleDeviceSharding(card))
 
     for name in WHOLE:
         config = config_of(name)
-        params = jax.tree.map(shaped, jax.eval_shape(lambda c=config: jax.tree.map(jnp.asarray, random_params(c))))
-        tokens = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=place)
-        yield _told(jax.jit(jaxref.forward).lower(params, tokens, config)) | {"stage": "forward", "model": name}
+        params = jax.eval_shape(lambda c=config: jax.tree.map(jnp.asarray, random_params(c)))
+        tokens = shaped(jnp.zeros(64, jnp.int32))
+        lowered = jax.jit(jaxref.forward).lower(jax.tree.map(shaped, params), tokens, config)
+        yield _told(lowered) | {"stage": "forward", "model": name}
 
 
 def _told(lowered: Any) -> dict[str, Any]:
-    begun = time.perf_counter()
     compiled = lowered.compile()
     text = compiled.as_text()
     return {
         "calls": Counter(re.findall(r'custom_call_target="([^"]+)"', text)),
         "precisions": Counter(re.findall(r'operand_precision[="]*[:{\[]+([^}\]]+)[}\]]', text)),
-        "seconds": time.perf_counter() - begun,
+        "between_cards": Counter(BETWEEN.findall(text)),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
     }
 

@@ -55,3 +55,10 @@ def test_nothing_in_the_machine_code_rounds_to_tf32_or_adds_in_any_order(found) 
 def test_no_stage_takes_more_memory_than_its_plan(found) -> None:
     for program in found["programs"]:
         assert program["temporary"] <= program.get("planned", float("inf")), program
+
+
+def test_what_four_cards_tell_each_other(found) -> None:
+    """Sums that each has a part of; q, k and v, split one by one, side by side; and biases for what each has whole."""
+    talk = {program["stage"]: [*program["between_cards"]] for program in found["split"] if program["between_cards"]}
+    sums = {"attn_out": ["all-reduce"], "ffn_out": ["all-reduce"]}
+    assert talk == {"qkv_matmul": ["all-to-all"], "qkv_bias": ["all-gather"]} | sums
