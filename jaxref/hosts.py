@@ -173,8 +173,7 @@ def _connect(hosts: Hosts) -> None:
         raise UserError(f"--hosts: the processes did not find each other within {CONNECT} s: are all of them started?")
     if faults:
         raise UserError(f"--hosts: {_first_line(faults[0])}")
-    if hosts.address is not None:
-        listen_for(hosts.address)
+    listen_for(hosts.address)
 
 
 def _leave(code: int) -> None:

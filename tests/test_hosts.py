@@ -7,15 +7,16 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from jaxref.hosts import Hosts, parse_hosts
-from jaxref.transport import listen_for, own_address
+from jaxref.transport import Way, listen_for, way_to
 from tests.conftest import prompt
 from tests.test_cli import ROOT, refused
 from tests.test_mesh import BOUNDS
@@ -27,10 +28,11 @@ TOKENS = prompt(20, 272)
 
 
 class Host(NamedTuple):
-    """Where a process runs: the words that lead there, and its address."""
+    """Where a process runs: the words that lead there, its address, and what a cluster says there, if there is one."""
 
     enter: tuple[str, ...] = ()
     address: str = "localhost"
+    cluster: Mapping[str, str] = MappingProxyType({})
 
 
 @pytest.fixture
@@ -44,10 +46,10 @@ def network() -> Iterator[list[Host]]:
         ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
         for index, (name, cable) in enumerate(zip(names, cables, strict=True)):
             ip("link", "set", cable, "netns", name)
-            ip("-n", name, "addr", "add", f"10.213.77.{index + 1}/24", "dev", cable)
+            ip("-n", name, "addr", "add", f"198.51.100.{index + 1}/24", "dev", cable)
             for device in (cable, "lo"):
                 ip("-n", name, "link", "set", device, "up")
-        yield [Host(("ip", "netns", "exec", name), f"10.213.77.{i + 1}") for i, name in enumerate(names)]
+        yield [Host(("ip", "netns", "exec", name), f"198.51.100.{i + 1}") for i, name in enumerate(names)]
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"needs the right to make network namespaces (iproute2, as root): {error}")
     finally:
@@ -76,14 +78,15 @@ def two(
     words += ["--mesh", f"tp={ways}", "--hosts"]
     started = [
         subprocess.Popen(
-            [*hosts[index].enter, sys.executable, "-c", code + RUN, *words, f"{hosts[0].address}:{port},2,{index}"],
+            [*host.enter, sys.executable, "-c", code + RUN, *words]
+            + ["auto" if host.cluster else f"{hosts[0].address}:{port},2,{index}"],
             cwd=ROOT,
-            env=os.environ | devices,
+            env=os.environ | devices | host.cluster,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index, code in enumerate(each)
+        for index, (host, code) in enumerate(zip(hosts, each, strict=True))
     ]
     ends = []
     for process in started:
@@ -119,24 +122,39 @@ def test_two_hosts_find_each_other(zoo, tmp_path: Path, network: list[Host]) -> 
     assert max(distance(together[path], alone[path]) for path in alone) <= BOUNDS["float32"]
 
 
+def test_two_nodes_of_a_cluster_find_each_other(zoo, tmp_path: Path, network: list[Host]) -> None:
+    """The first one's name leads to itself there, as Debian has it; the variables are those of Slurm."""
+    nodes = []
+    for index, (host, known) in enumerate(zip(network, ("127.0.1.1", network[0].address), strict=True)):
+        names = tmp_path / f"hosts-{index}"
+        names.write_text(f"127.0.0.1 localhost\n{known} node1\n")
+        own_names = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(names))
+        said = {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "2", "PROCID": str(index), "LOCALID": "0"}
+        cluster = {f"SLURM_{name}": value for name, value in said.items()}
+        nodes.append(Host((*host.enter, *own_names), cluster=cluster))
+    first, second = two(tmp_path / "two", zoo("qwen3"), hosts=nodes)
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text("utf-8"))["device"]["processes"] == 2
+
+
 def test_a_host_that_would_listen_to_itself_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a JAX that has no setting for it."""
     monkeypatch.setattr("jaxlib._jax.make_gloo_tcp_collectives", None)
-    monkeypatch.setattr("jaxref.transport.own_address", lambda coordinator: "10.0.0.2")
+    monkeypatch.setattr("jaxref.transport.way_to", lambda coordinator: Way("10.0.0.2", "10.0.0.1"))
     monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
     with pytest.raises(UserError, match=r"leads to 127\.0\.1\.1, where no other .* let it lead to 10\.0\.0\.2"):
         listen_for("10.0.0.1:1234")
 
 
 def test_the_address_is_that_of_the_way_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert own_address("127.0.0.1:1234") == "127.0.0.1"
+    assert way_to("127.0.0.1:1234") == Way("127.0.0.1", "127.0.0.1")
 
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", unknown)
     with pytest.raises(UserError, match=r"--hosts: nowhere\.invalid:1 cannot be reached from here"):
-        own_address("nowhere.invalid:1")
+        way_to("nowhere.invalid:1")
 
 
 def test_both_hear_of_a_fault_before_the_work(zoo, tmp_path: Path) -> None:
