@@ -61,7 +61,7 @@ class Chain:
 
         The embedding is left out: its table is no parameter of a layer, and its rows are the checkpoint's here.
         """
-        for name in STAGES[key[1]].upstream(self.replay.config, key[0]):
+        for name in self.replay.upstream(key):
             if isinstance(name, str) or name[0] != key[0] or name[1] == "embedding":
                 continue
             if name not in self.replay.engine.tree.files:

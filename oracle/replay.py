@@ -30,6 +30,8 @@ class Replay:
         self.q8 = numerics == "q8"
         self.emulated: Numerics = NUMERICS["float32" if self.q8 else numerics]
         self._known: dict[Key, Value | Unknown] = {}
+        self._upstream: dict[Key, list[Key | str]] = {}
+        self._below: dict[Key, frozenset[Key]] = {}
         self._experts: dict[tuple[int, int], Expert] = {}
         self._params: Any = None
         self._rounded: Any = None
@@ -38,7 +40,7 @@ class Replay:
     def enter(self, layer: int | None, params: Any) -> None:
         """Go on to a layer (None: the whole model) with its parameters in float64, and forget the one before."""
         hidden = {key: value for key, value in self._known.items() if key[1] in ("post_ffn_residual", "embedding")}
-        self._known, self._experts = hidden, {}
+        self._known, self._below, self._experts = hidden, {}, {}
         self._layer, self._params, self._rounded = layer, params, None
 
     def value(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Value | Unknown:
@@ -46,27 +48,40 @@ class Replay:
 
         Values in `instead` are taken for the engine's of their stages.
         """
-        if instead and key in instead:
+        return self._value(key, dict(instead or {}))
+
+    def _value(self, key: Key, instead: dict[Key, Value | Unknown]) -> Value | Unknown:
+        """`value`; what follows from `instead` is added to it, since several stages read it."""
+        if key in instead:
             return instead[key]
-        if instead and self._rests_on(key, instead):
-            return self._chained(key, instead)
+        if not self._rests_on(key).isdisjoint(instead):
+            instead[key] = self._chained(key, instead)
+            return instead[key]
         if key not in self._known:
-            self._known[key] = self.engine.value(key) or self._chained(key)
+            self._known[key] = self.engine.value(key) or self._chained(key, {})
         return self._known[key]
 
     def remember(self, key: Key, value: Value | Unknown) -> None:
         """Take this for the engine's rows of a stage of the present layer."""
         self._known[key] = value
 
-    def _rests_on(self, key: Key, instead: Mapping[Key, Value]) -> bool:
-        """Whether a stage is missing in the tree and is computed from one of these."""
-        if key in self.engine.tree.files or key[0] != self._layer:
-            return False
-        names = STAGES[key[1]].upstream(self.config, key[0])
-        return any(not isinstance(n, str) and (n in instead or self._rests_on(n, instead)) for n in names)
+    def upstream(self, key: Key) -> list[Key | str]:
+        """The keys of the stages that this one reads; `tokens` and `positions` as words."""
+        if key not in self._upstream:
+            self._upstream[key] = STAGES[key[1]].upstream(self.config, key[0])
+        return self._upstream[key]
 
-    def _chained(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Value | Unknown:
-        case = self.case(key, instead)
+    def _rests_on(self, key: Key) -> frozenset[Key]:
+        """All stages that a missing one of the present layer is computed from; none for one that the tree has."""
+        if key in self.engine.tree.files or key[0] != self._layer:
+            return frozenset()
+        if key not in self._below:
+            above = [name for name in self.upstream(key) if not isinstance(name, str)]
+            self._below[key] = frozenset(above).union(*map(self._rests_on, above))
+        return self._below[key]
+
+    def _chained(self, key: Key, instead: dict[Key, Value | Unknown]) -> Value | Unknown:
+        case = self._case(key, instead)
         if isinstance(case, Unknown):
             return case
         return Value(self.exact(case, **self._as_many(key)), case.positions, (*case.through, path_of(key)))
@@ -78,18 +93,20 @@ class Replay:
 
     def case(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Case | Unknown:
         """What a stage of the present layer is computed from; `instead` as for `value`."""
+        return self._case(key, dict(instead or {}))
+
+    def _case(self, key: Key, instead: dict[Key, Value | Unknown]) -> Case | Unknown:
         layer, stage = key
         if layer != self._layer and not (layer is None and self._layer is None):
             return Unknown(f"{path_of(key)} is missing, and nothing before it is there")
-        names = STAGES[stage].upstream(self.config, layer)
         values: list[Value | str] = []
-        for name in names:
+        for name in self.upstream(key):
             if isinstance(name, str):
                 if name == TOKENS and self.engine.tokens is None:
                     return Unknown(NO_TOKENS)
                 values.append(name)
                 continue
-            value = self.value(name, instead)
+            value = self._value(name, instead)
             if isinstance(value, Unknown):
                 return value
             if (stage, len(values)) in WHOLE and len(value.positions) < self.engine.count:

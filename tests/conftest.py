@@ -10,8 +10,11 @@ import pytest
 from jaxtyping import install_import_hook
 from safetensors.numpy import load_file, save_file
 
-# Before jaxref is imported, so that every annotated shape is checked in every test.
-install_import_hook("jaxref", "beartype.beartype")
+JAXREF = Path(__file__).parents[1] / "jaxref"
+# Before jaxref is imported, so that every annotated shape is checked in every test. Other modules have no shapes, and
+# checking each of their calls would be a third of the time of a sweep.
+SHAPED = [f"jaxref.{path.stem}" for path in JAXREF.glob("*.py") if "from jaxtyping import" in path.read_text("utf-8")]
+install_import_hook(SHAPED, "beartype.beartype")
 
 from weights.tiny import tiny_config, write_random  # noqa: E402
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,12 +44,18 @@ def check_routing(reference: dict, ours: dict) -> None:
         np.testing.assert_array_equal(ours[f"{path}.bin"], reference[path].ravel())
 
 
-@pytest.mark.parametrize("count", [1, 7, 300])
-def test_the_layer_shape_of_the_30b_agrees(tmp_path, count: int) -> None:
-    """128 experts, 8 a token, the widths of Qwen3-Coder-30B-A3B; router indices but for ties below 1e-6."""
-    folder = tmp_path / "model"
+@pytest.fixture(scope="module")
+def layer_of_the_30b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """128 experts, 8 a token, the widths of Qwen3-Coder-30B-A3B: 1.3 GB."""
+    folder = tmp_path_factory.mktemp("30b") / "model"
     write_random(folder, tiny_config("qwen3_moe", "30b-a3b", 1, vocab_size=512))
-    tokens = prompt(count, 512)
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_the_layer_shape_of_the_30b_agrees(layer_of_the_30b: Path, tmp_path: Path, count: int) -> None:
+    """Router indices but for ties below 1e-6."""
+    folder, tokens = layer_of_the_30b, prompt(count, 512)
     reference = flat(hf.capture(hf.load(folder), tokens))
     write_tree(folder, tmp_path / "tree", tokens, positions="all")
     ours = read_tree(tmp_path / "tree")

@@ -38,7 +38,19 @@ def tree(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_measures_and_reports(model: Path, tmp_path: Path) -> None:
     only = ["--only", "jaxref,hf-lean,nnsight", "--environments", str(tmp_path / "none")]
-    words = [sys.executable, "-m", "tests.benchmarks.peers", str(model), "--tokens", "5", "--repeat", "1", *only]
+    words = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.peers",
+        str(model),
+        "--tokens",
+        "5",
+        "--repeat",
+        "1",
+        *only,
+        "--touch",
+        "0.1",
+    ]
     done = subprocess.run([*words, "--json", str(tmp_path / "found.json")], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1, done.stderr  # nnsight is not installed there
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
