@@ -1,4 +1,4 @@
-"""The shapes in jaxref's signatures are checked while the tests run: a test that passed without that would say little."""
+"""The shapes in jaxref's signatures are checked while the tests run."""
 
 from __future__ import annotations
 

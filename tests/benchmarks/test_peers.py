@@ -37,7 +37,7 @@ def tree(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_measures_and_reports(model: Path, tmp_path: Path) -> None:
-    only = ["--only", "jaxref,hf-lean,nnsight", "--environments", str(tmp_path / "none")]
+    only = ["--only", "jaxref,hf-lean,nnsight", "--environments", str(tmp_path / "none"), "--touch", "0.1"]
     words = [
         sys.executable,
         "-m",
