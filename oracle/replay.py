@@ -54,7 +54,7 @@ class Replay:
         """`value`; what follows from `instead` is added to it, since several stages read it."""
         if key in instead:
             return instead[key]
-        if not self._rests_on(key).isdisjoint(instead):
+        if instead and not self._rests_on(key).isdisjoint(instead):
             instead[key] = self._chained(key, instead)
             return instead[key]
         if key not in self._known:
