@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxref.stages import STAGES
 from oracle.case import Case, rows_at
-from oracle.deviations import distance, drift
+from oracle.deviations import distance, drift, visible
 from oracle.engine_tree import Value
 from oracle.replay import Replay
 from oracle.variants import Switches, variant_of
@@ -75,6 +75,9 @@ class Bench:
         try:
             with np.errstate(all="ignore"):
                 found = run()
+                shown = visible(self.stage, self.engine, self.case.positions) & np.isfinite(self.engine)
+                if not np.isfinite(found[shown]).all():
+                    return float("inf")  # the distance is over what is finite in both
                 stored = found.astype(self.replay.emulated.compute).astype(np.float64)
                 # A value that the engine rounded once is that of the right variant rounded, to the bit.
                 return min(distance(self.stage, self.engine, x, self.case.positions) for x in (found, stored))

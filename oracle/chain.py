@@ -12,7 +12,7 @@ import numpy as np
 from jaxref.stages import STAGES, Key
 from oracle.bench import Bench
 from oracle.case import Case, narrowed
-from oracle.deviations import drift
+from oracle.deviations import distance, drift
 from oracle.engine_tree import Value
 from oracle.hypotheses import HYPOTHESES, Hypothesis, about
 from oracle.replay import Replay
@@ -89,24 +89,38 @@ class Chain:
             if all(shared in found for found in tries.values()):
                 yield _trial(row, {stage: found[shared] for stage, found in tries.items()}, self.bench.stage)
 
-    def run(self, changes: Changes) -> np.ndarray:
-        """The stage's rows as they follow where every stage is computed with its switches."""
+    def run(self, changes: Changes, rounded: bool = False) -> np.ndarray:
+        """The stage's rows as they follow where every stage is computed with its switches.
+
+        `rounded`: the engine's roundings are made wherever a missing stage is read or stored.
+        """
+        look = self.replay.rounded if rounded else self.replay.case
         case, instead = self.case, dict[Key, Value]()
         for stage, switches in sorted(changes.items(), key=lambda change: _ORDER.index(change[0])):
             if stage == self.bench.stage:
                 continue
             key, bench = (self.case.key[0], stage), self.missing[stage]
-            if instead:
-                changed = self.replay.case(key, instead)
+            if instead or rounded:
+                changed = look(key, instead)
                 assert isinstance(changed, Case)
                 bench = Bench(self.replay, changed, bench.engine, shown=False)
-            instead[key] = Value(bench.run(switches), bench.case.positions)
+            rows = bench.run(switches)
+            instead[key] = Value(self._stored(rows) if rounded else rows, bench.case.positions)
         if instead:
-            through = self.replay.case(self.case.key, instead)
+            through = look(self.case.key, instead)
             assert isinstance(through, Case)
             case = narrowed(through, self.case.positions)
         bench = self.bench if case is self.case else Bench(self.replay, case, self.bench.engine)
         return bench.run(changes.get(self.bench.stage, {}))
+
+    def rounding(self, changes: Changes) -> float:
+        """How far the engine's roundings in missing stages bring it from that: relative L2."""
+        with np.errstate(all="ignore"):
+            exact, rounded = self.run(changes), self._stored(self.run(changes, rounded=True))
+        return distance(self.bench.stage, rounded, exact, self.case.positions)
+
+    def _stored(self, rows: np.ndarray) -> np.ndarray:
+        return rows.astype(self.replay.emulated.compute).astype(np.float64)
 
     def error(self, changes: Changes) -> float:
         """How far the engine is from that: relative L2; infinite where it cannot be."""

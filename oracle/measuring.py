@@ -42,6 +42,7 @@ class Measuring:
         self.unknown: dict[Key, str] = {}
         self._dumps = Dumps(self.replay)
         self._head_major: set[str] = set()
+        self._roundings: dict[tuple[Key, tuple[int, ...]], float] = {}
 
     def enter(self, layer: int | None, params: Any) -> None:
         """Go on to a layer (None: the whole model) with its parameters in float64."""
@@ -90,12 +91,29 @@ class Measuring:
         """The stage's own error beside what rounding makes of it, and what it inherited."""
         key, at, stage = case.key, case.positions, case.stage
         row = judged(case, engine, exact, emulated, self.engine.dims, self.numerics)
+        if case.through and row.faulty and key[1] != "lm_head":  # what a norm makes of rounding is in its floor
+            floor = max(row.floor, self._rounding(case))
+            row = replace(row, floor=floor, limit=MARGIN * floor)
         accumulated = None
         # An error over the finite values alone would tell nothing of the others.
         if truth is not None and not row.bad and not row.tainted:
             accumulated = self.truth.accumulated(key, engine, truth, at)
         row = replace(row, accumulated=accumulated, inherited=self.truth.inherited(key))
         return replace(row, where=worst(stage, engine, exact, at, self.engine.dims, row.limit)) if row.faulty else row
+
+    def _rounding(self, case: Case) -> float:
+        """What the engine's roundings in the stages that its tree lacks make of a stage: a softmax makes much of it."""
+        place = case.key, case.positions
+        if place not in self._roundings:
+            exact, rounded = self.replay.case(case.key), self.replay.rounded(case.key)
+            if not isinstance(exact, Case) or not isinstance(rounded, Case):
+                return 0.0
+            rows = (
+                self.replay.emulate(narrowed(rounded, case.positions)),
+                self.replay.exact(narrowed(exact, case.positions)),
+            )
+            self._roundings[place] = distance(case.stage, *rows, case.positions)
+        return self._roundings[place]
 
     def _settled(self, row: Local, case: Case, engine: np.ndarray) -> Local:
         """A faulty row looked at again: on what its inputs should be, and beside the yardstick."""

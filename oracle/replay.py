@@ -114,6 +114,30 @@ class Replay:
             values.append(value)
         return self._gather(key, values)
 
+    def rounded(self, key: Key, instead: Mapping[Key, Value] | None = None) -> Case | Unknown:
+        """`case`, with what the tree lacks in this layer computed with the engine's roundings.
+
+        Which experts are chosen is left as it is: rounding decides between near ties alone.
+        """
+        made: dict[Key, Value | Unknown] = dict(instead or {})
+        for name in self._lacking(key):
+            if name in made:
+                continue
+            case = self.case(name, instead) if name[1] == INDICES else self._case(name, made)
+            if isinstance(case, Case):
+                compute = self.exact if name[1] == INDICES else self.emulate
+                made[name] = Value(compute(case, **self._as_many(name)), case.positions, (*case.through, path_of(name)))
+        return self._case(key, made)
+
+    def _lacking(self, key: Key) -> list[Key]:
+        """What a stage is computed from that the tree lacks, of the present layer, in computation order.
+
+        The embedding is left out: its rows are the checkpoint's.
+        """
+        above = [name for name in self.upstream(key) if not isinstance(name, str)]
+        found = frozenset(above).union(*map(self._rests_on, above)) - self.engine.tree.files.keys()
+        return [(key[0], stage) for stage in STAGES if stage != "embedding" and (key[0], stage) in found]
+
     def _gather(self, key: Key, values: list[Value | str]) -> Case | Unknown:
         stage = key[1]
         rowwise = [v for i, v in enumerate(values) if isinstance(v, Value) and (stage, i) not in WHOLE]
@@ -154,11 +178,11 @@ class Replay:
         """The stage in float64. `changes` replace its settings."""
         return self._run(case, EXACT, case.params, **changes)
 
-    def emulate(self, case: Case) -> np.ndarray:
+    def emulate(self, case: Case, **changes: Any) -> np.ndarray:
         """The stage with the engine's numerics: parameters, inputs and output rounded, activations too for q8."""
         if self._rounded is None:
             self._rounded = self._round(case.params)
-        return self._run(case, self.emulated, self._rounded)
+        return self._run(case, self.emulated, self._rounded, **changes)
 
     def _round(self, params: Any) -> Any:
         with EXACT.context():

@@ -20,6 +20,8 @@ from oracle.local import DRIFT, Local
 GAIN, AHEAD = 4.0, 4.0
 # Of one hypothesis' parameters, one that is no more than so much worse may be the rounder one.
 ALIKE = 1.15
+# Through missing stages an engine's roundings go as far from the truth as ours, or so many times: they are others.
+OTHERWISE = 4.0
 # So many are taken in pairs, the best ones first; fewer where each has to be computed on through missing stages.
 PAIRED, PAIRED_THROUGH = 24, 12
 # So many layers in which nothing explains a stage, or nothing in missing stages does: it is not tried in the next ones.
@@ -33,7 +35,8 @@ class Scored:
     """A variant and what it leaves; `same` are names of others that come to the same computation here.
 
     `through`: it is in a stage that the tree lacks. Nobody has the roundings after that, and a limit of several floors
-    would let pass what is merely like the cause: it must leave no more than the floor.
+    would let pass what is merely like the cause: it must leave no more than the floor, or than the engine's roundings
+    make of it on the way.
     """
 
     trial: Trial
@@ -91,7 +94,7 @@ def _again(chain: Chain, row: Local, before: Scored | None) -> Scored | None:
     for trial in chain.trials(before.trial.name):
         if (trial.words, list(trial.changes)) == (before.trial.words, list(before.trial.changes)):
             found = Scored(trial, chain.error(trial.changes), _through(chain, trial), same=before.same)
-            return found if _fits(found, row) else None
+            return found if _fits(chain, found, row) else None
     return None
 
 
@@ -103,7 +106,7 @@ def _best(chain: Chain, row: Local) -> Scored | None:
         return _winner(chain, sorted(left, key=lambda each: each.error), row)
     if (found := _winner(chain, scored, row)) is not None:
         return found
-    if any(_fits(each, row) for each in scored):
+    if any(_fits(chain, each, row) for each in scored):
         return None  # several fit: none is named
     return _winner(chain, sorted(_pairs(chain, scored, row), key=lambda each: each.error), row)
 
@@ -120,14 +123,17 @@ def _through(chain: Chain, trial: Trial) -> bool:
     return not trial.changes.keys().isdisjoint(chain.missing)
 
 
-def _fits(each: Scored, row: Local) -> bool:
-    limit = row.floor if each.through else row.limit
-    return each.error <= limit and (each.error * GAIN <= row.local or not math.isfinite(row.local))
+def _fits(chain: Chain, each: Scored, row: Local) -> bool:
+    if not math.isfinite(each.error) or (each.error * GAIN > row.local and math.isfinite(row.local)):
+        return False
+    if not each.through:
+        return each.error <= row.limit
+    return each.error <= row.floor or each.error <= OTHERWISE * chain.rounding(each.trial.changes)
 
 
 def _winner(chain: Chain, scored: list[Scored], row: Local) -> Scored | None:
     """The best fit, specific before generic, unless one by another name is nearly as good and not the same."""
-    fitting = [each for each in scored if _fits(each, row)]
+    fitting = [each for each in scored if _fits(chain, each, row)]
     chosen = [each for each in fitting if not each.trial.generic] or fitting
     if not chosen:
         return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxref.stages import STAGES
 from oracle.explain import Explained, explain
@@ -13,7 +15,8 @@ from oracle.local import TELLS
 from oracle.told import sentence
 from tests.conftest import prompt
 from tests.oracle.standin import FAULTS, Planted, run, write
-from tests.oracle.sweep import LAYER, Models, Outcome, sweep, table
+from tests.oracle.sweep import LAYER, SHORT, Models, Outcome, sweep, table
+from weights import Checkpoint, open_checkpoint
 
 FUSED = ("attn_scores", "attn_softmax")
 HIDDEN = ("embedding", "post_attn_residual", "post_ffn_residual", "final_norm", "lm_head")
@@ -38,6 +41,37 @@ def test_every_fault_of_the_catalogue_through_missing_stages(tmp_path: Path, arc
     assert all(o.stage_right for o in seen), table(outcomes)
     assert sum(o.cause_right for o in outcomes) >= 0.94 * len(outcomes), table(outcomes)
     assert not [o.fault for o in outcomes if o.confident_and_wrong], table(outcomes)
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Checkpoint]:
+    """A model with scores of hundreds, as the first layers of Qwen2.5 have them: softmax makes much of rounding."""
+    folder = tmp_path_factory.mktemp("loud")
+    raw, weights, _ = Models(folder / "plain").get("qwen2", Planted("", ()))
+    weights = {name: w * np.float32(400 if name.endswith("k_proj.bias") else 1) for name, w in weights.items()}
+    shutil.copytree(folder / "plain" / "0", folder / "model")
+    save_file(weights, folder / "model" / "model.safetensors")
+    return raw, weights, open_checkpoint(folder / "model")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("have", [HIDDEN, tuple(name for name in STAGES if name not in FUSED)], ids=["hidden", "fused"])
+def test_what_a_softmax_makes_of_rounding_is_no_fault(loud, tmp_path: Path, dtype: str, have: tuple[str, ...]) -> None:
+    raw, weights, checkpoint = loud
+    trace = run(raw, weights, prompt(23, 272), dtype, {})
+    assert max(np.abs(values).max() for key, values in trace.items() if key[1] == "attn_scores") > 200
+    write(tmp_path, {key: values for key, values in trace.items() if key[1] in have})
+    told = explain(checkpoint, tmp_path, prompt(23, 272), numerics=SHORT[dtype])
+    assert told.found.verdict == "clean", sentence(told)
+
+
+@pytest.mark.parametrize("fault", ["rope_interleaved", "kv_heads_modulo", "mask_strict"])
+def test_nor_does_it_hide_the_name_of_one(loud, tmp_path: Path, fault: str) -> None:
+    raw, weights, checkpoint = loud
+    trace = run(raw, weights, prompt(23, 272), "float32", {fault: None})
+    write(tmp_path, {key: values for key, values in trace.items() if key[1] in HIDDEN})
+    (cause,) = explain(checkpoint, tmp_path, prompt(23, 272)).causes
+    assert cause.stage == "post_attn_residual" and cause.explanation and cause.explanation.hypothesis == fault
 
 
 @pytest.fixture(scope="module")
