@@ -35,8 +35,8 @@ class Scored:
     """A variant and what it leaves; `same` are names of others that come to the same computation here.
 
     `through`: it is in a stage that the tree lacks. Nobody has the roundings after that, and a limit of several floors
-    would let pass what is merely like the cause: it must leave no more than the floor, or than the engine's roundings
-    make of it on the way.
+    would let pass what is merely like the cause: it must leave no more than the floor, or `OTHERWISE` times what the
+    engine's roundings make of it on the way.
     """
 
     trial: Trial
