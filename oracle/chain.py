@@ -50,22 +50,11 @@ class Chain:
     def missing(self) -> dict[str, Bench]:
         """By stage, in computation order, with the right rows in place of the engine's, which nobody has."""
         found = {}
-        for key in sorted(set(self._lacking(self.case.key)), key=lambda key: _ORDER.index(key[1])):
+        for key in self.replay.lacking(self.case.key):
             case = self.replay.case(key)
             if isinstance(case, Case) and about(key[1]):
                 found[key[1]] = Bench(self.replay, case, self.replay.exact(case), shown=False, seen=self.bench.seen)
         return found
-
-    def _lacking(self, key: Key) -> Iterator[Key]:
-        """The stages of this layer that the tree lacks and that lead here through none that it has.
-
-        The embedding is left out: its table is no parameter of a layer, and its rows are the checkpoint's here.
-        """
-        for name in self.replay.upstream(key):
-            if isinstance(name, str) or name[0] != key[0] or name[1] == "embedding":
-                continue
-            if name not in self.replay.engine.tree.files:
-                yield from (name, *self._lacking(name))
 
     def trials(self, known: str | None = None) -> Iterator[Trial]:
         """Everything that could be the cause: of the stage itself, of each that is missing, and of several at once.

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from jaxref.stages import STAGES, Key
+from jaxref.stages import Key
 from oracle.case import Case, narrowed
 from oracle.engine_tree import Value
 from oracle.local import Local
@@ -73,7 +73,7 @@ class Dumps:
     def _wrong(self, key: Key) -> list[Key]:
         """The faulty stages that this one is computed from, through those that the tree lacks."""
         found: list[Key] = []
-        for name in STAGES[key[1]].upstream(self.replay.config, key[0]):
+        for name in self.replay.upstream(key):
             if isinstance(name, str):
                 continue
             if name in self._computed:

@@ -120,7 +120,7 @@ class Replay:
         Which experts are chosen is left as it is: rounding decides between near ties alone.
         """
         made: dict[Key, Value | Unknown] = dict(instead or {})
-        for name in self._lacking(key):
+        for name in self.lacking(key):
             if name in made:
                 continue
             case = self.case(name, instead) if name[1] == INDICES else self._case(name, made)
@@ -129,7 +129,7 @@ class Replay:
                 made[name] = Value(compute(case, **self._as_many(name)), case.positions, (*case.through, path_of(name)))
         return self._case(key, made)
 
-    def _lacking(self, key: Key) -> list[Key]:
+    def lacking(self, key: Key) -> list[Key]:
         """What a stage is computed from that the tree lacks, of the present layer, in computation order.
 
         The embedding is left out: its rows are the checkpoint's.
