@@ -90,11 +90,11 @@ class Placement:
     def memory(self, job: Job) -> MemoryPlan:
         """What the job will need on each device. Raises `UserError` where that is more than the limit."""
         from jaxref.devices import parse_size
-        from jaxref.memory import plan_memory
-        from jaxref.mesh import TENSOR, parse_mesh
+        from jaxref.memory import plan_for
+        from jaxref.mesh import parse_mesh
 
-        ways = 1 if self.mesh is None else parse_mesh(self.mesh)[TENSOR]
-        plan = plan_memory(job.selection, job.numerics, ways=ways, platform=self.device)
+        mesh = None if self.mesh is None else parse_mesh(self.mesh)
+        plan = plan_for(job.checkpoint, job.selection, job.numerics, mesh, self.device)
         return plan.fit(None if self.limit is None else parse_size(self.limit))
 
 
@@ -135,7 +135,8 @@ def generate(max_tokens: int, dtype: str, device: str, ignore_eos: bool, as_json
     request = read_prompt(**options)
     tokenizer = request.checkpoint.tokenizer()
     prepare(device)
-    numerics, found = numerics_of(dtype), find_devices(device)[0]
+    found = find_devices(device)[0]
+    numerics = numerics_of(dtype).on(found)
     use_compilation_cache()
     ends = frozenset() if ignore_eos or tokenizer is None else tokenizer.ends()
     steps, ids = decode(request.checkpoint, request.tokens, numerics, max_tokens, device=found), []

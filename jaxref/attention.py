@@ -36,7 +36,7 @@ def qkv_matmul(
     numerics: Numerics,
 ) -> Float[Array, "S QKV"]:
     """[S, (H+2K)h]: q, k and v side by side, before the bias; with `rounded` False as they were summed."""
-    qkv = jnp.concatenate([numerics.dot("sd,od->so", x, w) for w in (q_proj, k_proj, v_proj)], axis=-1)
+    qkv = jnp.concatenate([numerics.product(x, w) for w in (q_proj, k_proj, v_proj)], axis=-1)
     return numerics.round(qkv) if rounded else qkv
 
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from jaxref.activations import coarsest_activation
 from jaxref.devices import described, memory_limit, out_of_memory_in_words
 from jaxref.hosts import Crew
-from jaxref.memory import MemoryPlan, plan_memory
-from jaxref.mesh import TENSOR, to_host
+from jaxref.memory import MemoryPlan, plan_for
+from jaxref.mesh import to_host
 from jaxref.model import Piece
 from jaxref.precision import PRECISION, Device, Numerics
 from jaxref.reader import Reader
@@ -54,9 +54,9 @@ class Job:
 
     def memory(self) -> MemoryPlan:
         """What the job needs on a device while the layers are streamed."""
-        ways = 1 if self.mesh is None else self.mesh.shape[TENSOR]
+        mesh = None if self.mesh is None else self.mesh.shape
         platform = "cpu" if self.device is None else self.device.platform
-        return plan_memory(self.selection, self.numerics, ways=ways, platform=platform)
+        return plan_for(self.checkpoint, self.selection, self.numerics, mesh, platform)
 
     def run(self, producer: str, packages: Sequence[str], device: dict[str, Any], precision: str) -> dict[str, Any]:
         """What the bytes depend on, as JSON values; the head of the manifest."""
@@ -106,7 +106,7 @@ def dump(job: Job, *, progress: Progress = lambda layer: None, source: Reader | 
     first one writes; the others' report has no files.
     """
     device = job.device or jax.devices()[0]
-    job = replace(job, device=device)
+    job = replace(job, device=device, numerics=job.numerics.on(device, job.mesh))
     run = job.run("jaxref", PACKAGES, described(device, job.mesh), PRECISION.name)
 
     def feed(offer: Offer) -> None:

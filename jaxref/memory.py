@@ -7,17 +7,19 @@ mesh each device holds its share of the parameters, and activations are counted 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from jaxref.experts import CHUNK_ROWS
-from jaxref.mesh import split_axis
+from jaxref.mesh import TENSOR, split_axis
 from jaxref.model import head_rows, query_rows
 from jaxref.precision import Numerics
 from jaxref.selection import Selection
 from jaxref.stages import STAGES, Stage, stages_of
-from weights import Config, UserError
+from weights import Checkpoint, Config, UserError
 from weights.names import EXPERTS, TensorRow, layer_rows
 
 WAITING = 64 << 20  # bytes of values that may wait for the disk, and lie on the device until then
@@ -83,25 +85,46 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def plan_memory(selection: Selection, numerics: Numerics, *, ways: int = 1, platform: str = "cpu") -> MemoryPlan:
-    """What a run needs on each of `ways` devices of a platform, "cpu" or another."""
+def plan_for(
+    checkpoint: Checkpoint, selection: Selection, numerics: Numerics, mesh: Mapping[str, int] | None, platform: str
+) -> MemoryPlan:
+    """What a run of a checkpoint needs on each device of a platform: on one, or on each of a mesh of such axes."""
+    ways = 1 if mesh is None else mesh[TENSOR]
+    alone = platform != "cpu" and ways == 1
+    stored = checkpoint.widest_dtype() if alone else None  # a thousand names are looked up for it
+    return plan_memory(selection, numerics, ways=ways, platform=platform, stored=stored)
+
+
+def plan_memory(
+    selection: Selection,
+    numerics: Numerics,
+    *,
+    ways: int = 1,
+    platform: str = "cpu",
+    stored: np.dtype[Any] | None = None,
+) -> MemoryPlan:
+    """What a run needs on each of `ways` devices of a platform, "cpu" or another.
+
+    `stored` is the dtype of the checkpoint where one GPU takes parameters as they are.
+    """
     workspace = 0 if platform == "cpu" else GPU_WORKSPACE
+    kept = numerics.compute if stored is None else replace(numerics, gpu=True).kept(stored)
     config, count = selection.config, max(1, selection.count)
     kinds = sorted({config.is_moe(i): i for i in reversed(range(config.num_hidden_layers))}.values())
-    plain = {config.is_moe(i): _share(layer_rows(config, i), config, numerics, ways) for i in kinds}
-    expert = _share(EXPERTS, config, numerics, ways) if config.num_experts else 0
+    plain = {config.is_moe(i): _share(layer_rows(config, i), config, kept, ways) for i in kinds}
+    expert = _share(EXPERTS, config, kept, ways) if config.num_experts else 0
     routed = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
     whole, block = ((rows, config.hidden_size) for rows in (config.vocab_size, head_rows(config, platform)))
     layers = (config.num_hidden_layers - routed) * plain.get(False, 0) + routed * plain.get(True, 0)
     layers += routed * config.num_experts * expert
-    ends = config.hidden_size * numerics.compute.itemsize + _split_bytes(HEAD, whole, config, numerics, ways)
+    ends = config.hidden_size * kept.itemsize + _split_bytes(HEAD, whole, config, kept, ways)
     return MemoryPlan(
         layer=max(plain.values()),
         expert=expert,
         model=layers + ends,
-        head=_split_bytes(HEAD, block, config, numerics, ways),
-        activations=max(_layer_activations(config, i, count, numerics) for i in kinds) + workspace,
-        logits=_head_activations(selection, numerics, platform) + workspace,
+        head=_split_bytes(HEAD, block, config, kept, ways),
+        activations=max(_layer_activations(config, i, count, numerics, kept) for i in kinds) + workspace,
+        logits=_head_activations(selection, numerics, kept, platform) + workspace,
         waiting=min(WAITING, selection.size(numerics.compute.itemsize)),
     )
 
@@ -114,36 +137,38 @@ def trace_bytes(config: Config, count: int, numerics: Numerics) -> int:
     )
 
 
-def _share(rows: Iterable[TensorRow], config: Config, numerics: Numerics, ways: int) -> int:
-    return sum(_split_bytes(row.name, row.shape(config), config, numerics, ways) for row in rows)
+def _share(rows: Iterable[TensorRow], config: Config, kept: np.dtype[Any], ways: int) -> int:
+    return sum(_split_bytes(row.name, row.shape(config), config, kept, ways) for row in rows)
 
 
-def _split_bytes(name: str, shape: tuple[int, ...], config: Config, numerics: Numerics, ways: int) -> int:
+def _split_bytes(name: str, shape: tuple[int, ...], config: Config, kept: np.dtype[Any], ways: int) -> int:
     """A parameter's bytes on one device."""
-    count = math.prod(shape) * numerics.compute.itemsize
+    count = math.prod(shape) * kept.itemsize
     return count if split_axis(name, shape, config, ways) is None else count // ways
 
 
-def _layer_activations(config: Config, layer: int, count: int, numerics: Numerics) -> int:
+def _layer_activations(config: Config, layer: int, count: int, numerics: Numerics, kept: np.dtype[Any]) -> int:
     """Every stage of a layer of `count` positions, the hidden states beside it, and the work of the largest stage."""
     stages = [stage for stage in stages_of(config, layer) if "E" not in stage.axes or stage.name == "moe_router_logits"]
     held = sum(_elements(stage, config, count) for stage in stages) * numerics.compute.itemsize
     hidden = 4 * count * config.hidden_size * numerics.compute.itemsize
     # Products of q, k and v before they are rounded.
     sums = math.prod(STAGES["qkv_matmul"].shape(config, count)) * numerics.sums.itemsize
-    return held + hidden + sums + max(stage_work(stage, config, layer, count, numerics) for stage in stages)
+    return held + hidden + sums + max(stage_work(stage, config, layer, count, numerics, kept) for stage in stages)
 
 
-def stage_work(stage: Stage, config: Config, layer: int | None, count: int, numerics: Numerics) -> int:
+def stage_work(
+    stage: Stage, config: Config, layer: int | None, count: int, numerics: Numerics, kept: np.dtype[Any]
+) -> int:
     """What a stage's program may need beside its inputs and outputs: another copy of all of them in its widest dtype.
 
-    Of parameters only where they have to be widened.
+    Of parameters, which lie on the device in the dtype `kept`, only where they have to be widened.
     """
     upstream = [key for key in stage.upstream(config, layer) if not isinstance(key, str)]
     elements = _elements(stage, config, count) + sum(_elements(STAGES[name], config, count) for _, name in upstream)
     if "moe_router_logits" in stage.inputs:
         elements *= 2  # the logits are sorted beside their places
-    if numerics.sums != numerics.compute:
+    if numerics.sums != kept:
         elements += sum(_parameters(field, stage, config, layer or 0) for field in stage.params)
     return elements * max(numerics.sums.itemsize, numerics.wide.itemsize)
 
@@ -165,10 +190,10 @@ def _elements(stage: Stage, config: Config, count: int) -> int:
     return math.prod(stage.shape(config, count))
 
 
-def _head_activations(selection: Selection, numerics: Numerics, platform: str) -> int:
+def _head_activations(selection: Selection, numerics: Numerics, kept: np.dtype[Any], platform: str) -> int:
     config, count = selection.config, selection.count
     rows, made = selection.rows(STAGES["lm_head"]), head_rows(config, platform)
     x, block = count * config.hidden_size, made * (count if rows is None else len(rows))
-    if numerics.sums != numerics.compute:
+    if numerics.sums != kept:
         block += made * config.hidden_size
     return 3 * x * numerics.compute.itemsize + 2 * (x + block) * numerics.sums.itemsize

@@ -7,7 +7,7 @@ Dimension key: S positions, D hidden_size, V vocab_size; the rest is in `jaxref/
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -230,21 +230,31 @@ def forward(params: Params, tokens: ArrayLike, config: Config, dtype: str = "flo
     [S, D], …}, …, "final_norm": [S, D], "lm_head": [S, V]}`, in the dtype of the precision (float32, float64, float16,
     bfloat16). Raises `UserError` for another dtype.
     """
-    numerics = numerics_of(dtype)
+    numerics = numerics_of(dtype).on(jax.devices()[0])
     with numerics.context():
-        params = jax.tree.map(lambda w: jnp.asarray(w).astype(numerics.compute), params)
+        params = jax.tree.map(lambda w: jnp.asarray(w, numerics.kept(w.dtype)), params)
         tokens = jnp.asarray(tokens)
-        positions = jnp.arange(tokens.shape[0])
-        embedding = hidden = ops.embed(tokens, params.embed_tokens, numerics=numerics)
-        trace: Trace = {}
-        for index, layer in enumerate(params.layers):
-            stages, hidden = _collect(decoder_layer(layer, hidden, positions, Place(config, index, numerics)))
-            trace[f"layer-{index}"] = stages
-        trace["layer-0"]["embedding"] = embedding
-        x = ops.rms_norm(hidden, params.norm, eps=config.rms_norm_eps, numerics=numerics)
-        rows = head_rows(config)
-        blocks = (params.head[i : i + rows] for i in range(0, config.vocab_size, rows))
-        return trace | {"final_norm": x, "lm_head": lm_head(x, blocks, numerics)}
+        embedding = ops.embed(tokens, params.embed_tokens, numerics=numerics)
+        rows = head_rows(config, "gpu" if numerics.gpu else "cpu")
+        head = [params.head[i : i + rows] for i in range(0, config.vocab_size, rows)]
+        return after_embedding(embedding, params.layers, params.norm, head, config, numerics)
+
+
+def after_embedding(
+    embedding: Array,
+    layers: Sequence[Layer],
+    norm: Array,
+    head: Sequence[Matrix],
+    config: Config,
+    numerics: Numerics,
+) -> Trace:
+    """What `forward` returns, from the embedded tokens [S, D] on, with the head in blocks of the vocabulary."""
+    hidden, positions, trace = embedding, jnp.arange(embedding.shape[0]), {}
+    for index, layer in enumerate(layers):
+        stages, hidden = _collect(decoder_layer(layer, hidden, positions, Place(config, index, numerics)))
+        trace[f"layer-{index}"] = ({} if index else {"embedding": embedding}) | stages
+    x = ops.rms_norm(hidden, norm, eps=config.rms_norm_eps, numerics=numerics)
+    return trace | {"final_norm": x, "lm_head": lm_head(x, iter(head), numerics)}
 
 
 def _collect(pieces: Pieces) -> tuple[dict[str, Array], Array]:

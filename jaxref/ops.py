@@ -46,7 +46,7 @@ def rms_norm(
 @stage_function
 def linear(x: Float[Array, "S I"], weight: Float[Array, "O I"] | Weight, *, numerics: Numerics) -> Float[Array, "S O"]:
     """x · Wᵀ with the weight as the checkpoint stores it, [out, in]; rounded once."""
-    return numerics.round(numerics.dot("si,oi->so", x, weight))
+    return numerics.round(numerics.product(x, weight))
 
 
 @stage_function

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 
+from jaxref import few_rows
 from jaxref.activations import Matrix, Weight, round_activations
 from weights import UserError
 
-# Without it, JAX on an NVIDIA GPU multiplies in TF32, with ten bits of mantissa.
 Device = Any  # a jax.Device, whose class is private
+# Without it, JAX on an NVIDIA GPU multiplies in TF32, with ten bits of mantissa.
 PRECISION = lax.Precision.HIGHEST
 
 
@@ -25,12 +28,19 @@ class Numerics:
     """One precision.
 
     `compute` holds parameters and activations, `wide` norms, softmax and angles, `sums` the sums of matrix products.
+    With `gpu` one NVIDIA GPU computes: parameters lie there as they are stored, where widening them changes no value,
+    and products of few rows have a kernel of their own.
     """
 
     name: str
     compute: np.dtype[Any]
     wide: np.dtype[Any]
     sums: np.dtype[Any]
+    gpu: bool = False
+
+    def on(self, device: Device, mesh: Mesh | None = None) -> Numerics:
+        """The same for a device, or for a mesh that begins with it."""
+        return replace(self, gpu=device.platform == "gpu" and (mesh is None or mesh.size == 1))
 
     def widen(self, x: Array) -> Array:
         """The same values in `wide`, in which operations are carried out."""
@@ -48,12 +58,23 @@ class Numerics:
         """Where the work of this precision must run: 64-bit types are off in JAX unless asked for."""
         return jax.enable_x64(self.sums == np.float64)
 
-    def dot(self, equation: str, a: Array, b: Matrix) -> Array:
-        """Every contraction of the forward pass: in `sums`, at the highest precision, not yet rounded."""
-        if isinstance(b, Weight):
-            a, b = round_activations(a, b.activation), b.values
+    def kept(self, stored: np.dtype[Any]) -> np.dtype[Any]:
+        """The dtype in which a parameter stored so lies on the device."""
+        return stored if self.gpu and np.can_cast(stored, self.compute) else self.compute
+
+    def dot(self, equation: str, a: Array, b: Array) -> Array:
+        """A contraction in `sums`, at the highest precision, not yet rounded."""
         a, b = a.astype(self.sums), b.astype(self.sums)
         return jnp.einsum(equation, a, b, precision=PRECISION, preferred_element_type=self.sums)
+
+    def product(self, x: Array, weight: Matrix) -> Array:
+        """x · Wᵀ for x [S, I] and a weight [O, I] as the checkpoint has it: in `sums`, not yet rounded."""
+        if isinstance(weight, Weight):
+            x, weight = round_activations(x, weight.activation), weight.values
+        x, einsum = x.astype(self.sums), partial(self.dot, "si,oi->so")
+        if self.gpu and few_rows.fits(x, weight):
+            return lax.platform_dependent(x, weight, cuda=few_rows.product, default=einsum)
+        return einsum(x, weight)
 
 
 def _numerics(name: str, wide: str, sums: str) -> Numerics:

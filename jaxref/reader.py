@@ -109,7 +109,7 @@ class Reader:
         self._buffers.clear()
 
     def parameters(self, names: Any, views: Any) -> Any:
-        """Copies of a pytree of views in the compute dtype; the pages they lay on are given back."""
+        """Copies of a pytree of views in the dtypes of the precision; the pages they lay on are given back."""
         loaded = jax.tree.map(self._matrix, names, views)
         self.checkpoint.release()
         return loaded
@@ -139,8 +139,9 @@ class Reader:
         return loaded if kind is None else Weight(loaded, kind)
 
     def _load(self, name: str, view: np.ndarray, *, whole: bool = False) -> Array:
-        """A copy on the device; of a mesh each device takes its part, or with `whole` all of it."""
-        copy = self._buffers.take(view.shape, self.numerics.compute)
+        """A copy on the device; of a mesh each device takes its part, or with `whole`, of a hidden state, all of it."""
+        dtype = self.numerics.compute if whole else self.numerics.kept(view.dtype)
+        copy = self._buffers.take(view.shape, dtype)
         if not self.checkpoint.copy(view, copy):
             self._report(view, copy, name)
         with self.numerics.context():

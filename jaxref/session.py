@@ -16,12 +16,13 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxref.devices import find_devices, memory_limit, out_of_memory_in_words
-from jaxref.memory import plan_memory, size, trace_bytes
+from jaxref.memory import plan_for, size, trace_bytes
 from jaxref.mesh import TENSOR, make_mesh, parse_mesh
-from jaxref.model import Trace, join_blocks, lm_head
+from jaxref.model import Trace, after_embedding, join_blocks, lm_head, query_rows
 from jaxref.precision import Device, numerics_of
 from jaxref.reader import Reader, Warn, warn_on_stderr
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
+from jaxref.stages import STAGES
 from jaxref.stream import trace
 from weights import Checkpoint, Expert, Layer, UserError, open_checkpoint
 from weights.errors import brief
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 Tokens = Sequence[int] | np.ndarray | Array  # [S]
+_program = jax.jit(after_embedding, static_argnames=("config", "numerics"))
 
 
 class Session:
@@ -55,8 +57,8 @@ class Session:
         warn: Warn = warn_on_stderr,
     ) -> None:
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        self.config, self.numerics = self.checkpoint.config, numerics_of(dtype)
         self.device, self.mesh = _placed(device, mesh)
+        self.config, self.numerics = self.checkpoint.config, numerics_of(dtype).on(self.device, self.mesh)
         self._limit, self._longest = memory_limit(self.device, max_memory), 0  # the longest prompt that is known to fit
         self._fits(self.selection(1))
         place = self.device if self.mesh is None else self.mesh
@@ -73,8 +75,12 @@ class Session:
         ids = self._ids(tokens)
         selection = self.selection(len(ids), positions="all")
         if len(ids) > self._longest:
-            self._fits(selection, kept=trace_bytes(self.config, len(ids), self.numerics))
+            logits = len(ids) * self.config.vocab_size * self.numerics.compute.itemsize  # in blocks, then joined
+            self._fits(selection, kept=trace_bytes(self.config, len(ids), self.numerics) + logits)
             self._longest = len(ids)
+        if self._fits_one_program(len(ids)):
+            with self._running() as source:
+                return source.run(ids)
         found: dict[tuple[int | None, str], list[Array]] = {}
         result: Trace = {f"layer-{i}": {} for i in range(self.config.num_hidden_layers)}
         with self._running() as source:
@@ -136,6 +142,15 @@ class Session:
         with out_of_memory_in_words(), self.numerics.context(), jax.default_device(self.device):
             yield self._source
 
+    def _fits_one_program(self, count: int) -> bool:
+        """Whether a GPU computes it as one program: a dense model, with all scores of a head in one block.
+
+        To start a stage costs the host as much time as a short prompt's stage takes on the device.
+        """
+        whole = query_rows(self.config.num_attention_heads, count, count) == count
+        routed = any(map(self.config.is_moe, range(self.config.num_hidden_layers)))
+        return self.numerics.gpu and whole and not routed
+
     def _ids(self, tokens: Tokens) -> list[int]:
         try:
             ids = [operator.index(token) for token in tokens]
@@ -149,8 +164,8 @@ class Session:
 
     def _fits(self, selection: Selection, kept: int = 0) -> None:
         """Raise `UserError` where this does not fit, with `kept` bytes of what was computed."""
-        ways = 1 if self.mesh is None else self.mesh.shape[TENSOR]
-        plan = plan_memory(selection, self.numerics, ways=ways, platform=self.device.platform)
+        mesh = None if self.mesh is None else self.mesh.shape
+        plan = plan_for(self.checkpoint, selection, self.numerics, mesh, self.device.platform)
         if self._limit is not None and plan.resident + kept > self._limit:
             raise UserError(
                 f"{self.checkpoint.name} with {selection.count} tokens needs {size(plan.resident + kept)} on a device"
@@ -202,6 +217,14 @@ class Resident(Reader):
             math.prod(array.sharding.shard_shape(array.shape)) * array.itemsize * array.sharding.num_devices
             for array in jax.tree.leaves(kept)
         )
+
+    def run(self, tokens: list[int]) -> Trace:
+        """All stages of a dense model as one program, with the bits that they have one by one."""
+        config, numerics = self.checkpoint.config, self.numerics
+        made = _program(self.embed(tokens), self._layers, self._norm, self._head, config, numerics)
+        layers = {name: made[name] for name in (f"layer-{i}" for i in range(config.num_hidden_layers))}
+        ordered = {name: {key: stages[key] for key in STAGES if key in stages} for name, stages in layers.items()}
+        return ordered | {name: made[name] for name in ("final_norm", "lm_head")}  # JAX sorts them by name
 
     def layers(self, count: int) -> Iterator[Layer]:
         """The first `count` layers."""

@@ -45,8 +45,8 @@ def anywhere(name: str, shape: tuple[int, ...]) -> None:
     """No word on where a parameter lies, or (with no name) an input."""
 
 
-def abstract(stage, config: Config, layer: int | None, numerics, count: int = COUNT, where=anywhere):
-    """The stage's function with shapes in place of values."""
+def abstract(stage, config: Config, layer: int | None, numerics, count: int = COUNT, where=anywhere, kept=None):
+    """The stage's function with shapes in place of values, the parameters in the dtype `kept` or that of computing."""
 
     def shaped(shape, dtype=numerics.compute, name=""):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where(name, shape))
@@ -63,7 +63,7 @@ def abstract(stage, config: Config, layer: int | None, numerics, count: int = CO
     rows = [*EXPERTS] if stage.per_expert else layer_rows(config, layer or 0) + model_rows(config)
     named = {row.field: (row.shape(config), row.name) for row in rows}
     named["head"] = (config.vocab_size, config.hidden_size), "lm_head.weight"
-    params = [shaped(named[field][0], name=named[field][1]) for field in stage.params]
+    params = [shaped(named[field][0], kept or numerics.compute, named[field][1]) for field in stage.params]
     return stage.function.trace(*inputs, *params, **stage.settings(config, layer or 0), numerics=numerics)
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -37,7 +38,9 @@ def test_no_stage_needs_more_than_its_plan(name: str, key, dtype: str) -> None:
         return
     with numerics.context():
         compiled = abstract(stage, config, key[0], numerics, count=64).lower().compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= stage_work(stage, config, key[0], 64, numerics)
+    assert compiled.memory_analysis().temp_size_in_bytes <= stage_work(
+        stage, config, key[0], 64, numerics, numerics.compute
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,8 @@ def test_the_plan_of_real_shapes(arch: str, like: str) -> None:
 
     stored = sum(int(np.prod(shape)) for name, shape in expected(config) if "embed_tokens" not in name)
     assert plan.model == 4 * stored
+    kept = plan_memory(selection(config, 7), numerics, platform="cuda", stored=np.dtype(ml_dtypes.bfloat16))
+    assert (kept.model, kept.layer) == (2 * stored, plan.layer // 2)
     split = plan_memory(selection(config, 7), numerics, ways=4)
     assert plan.model / 4 <= split.model <= plan.model / 4 * 1.01
     assert trace_bytes(config, 7, numerics) == selection(config, 7).size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -14,15 +15,16 @@ from safetensors.numpy import load_file
 
 import jaxref
 from jaxref import dump as dumping
-from jaxref import model
+from jaxref import model, ops
 from jaxref import reader as reading
-from jaxref.precision import numerics_of
+from jaxref.precision import Numerics, numerics_of
 from jaxref.reader import Reader
 from jaxref.session import Session
 from jaxref.stream import stream
-from tests.conftest import prompt
+from tests.conftest import ZOO, prompt
 from tests.trees import flat, tree_bytes, write_tree
 from weights import EMBEDDED, UserError, open_checkpoint
+from weights.tiny import tiny_config, write_random
 
 TOKENS = prompt(20, 272)
 
@@ -41,6 +43,60 @@ def test_a_session_has_the_bytes_of_a_dump(zoo, tmp_path, name: str, dtype: str)
         (stored,) = load_file(path).values()
         assert (trace[key].dtype, trace[key].shape) == (stored.dtype, stored.shape), key
         assert trace[key].tobytes() == stored.tobytes(), key
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What a GPU is given, computed here: XLA takes its own products, for the kernel is for that platform alone."""
+    monkeypatch.setattr(Numerics, "on", lambda self, device, mesh=None: replace(self, gpu=True))
+
+
+@pytest.mark.parametrize("name", ["qwen2-window", "qwen3-linear", "moe"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("bfloat16", "float32"), ("float16", "float64"), ("bfloat16", "float16")]
+)
+def test_on_a_gpu_it_is_one_program_with_the_same_bytes(
+    tmp_path, monkeypatch, request, name: str, stored: str, dtype: str
+) -> None:
+    """Of a dense model; and parameters are kept as they are stored where that loses nothing."""
+    arch, like, layers, changes = ZOO[name]
+    write_random(tmp_path, tiny_config(arch, like, layers, **changes), seed=3, dtype=stored)
+    with Session(tmp_path, dtype) as session:
+        parameters, stages = session._source.nbytes, session.forward(TOKENS[:7])
+    request.getfixturevalue("as_on_a_gpu")
+    dispatched = count_calls(monkeypatch, ops, "rms_norm")
+    with Session(tmp_path, dtype) as session:
+        widened = np.dtype(dtype).itemsize // 2
+        assert session._source.nbytes * widened == parameters
+        program = session.forward(TOKENS[:7])
+        assert (not dispatched) == (name != "moe")
+    once, again = flat(stages), flat(program)
+    assert list(once) == list(again)
+    for key in once:
+        assert (once[key].dtype, once[key].tobytes()) == (again[key].dtype, again[key].tobytes()), key
+
+
+def count_calls(monkeypatch, module, name: str) -> list[str]:
+    """The calls of a function from outside of a program, as they come."""
+    made, function = [], getattr(module, name)
+
+    def counted(*args, **options):
+        made.extend([name] if not isinstance(args[0], jax.core.Tracer) else [])
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    return made
+
+
+def test_a_long_prompt_on_a_gpu_is_made_in_blocks(zoo, monkeypatch, as_on_a_gpu) -> None:
+    with Session(zoo("qwen2")) as session:
+        whole = flat(session.forward(TOKENS))
+        monkeypatch.setattr(model, "SCORES_IN_BLOCK", 6 * 20 * 7)
+        dispatched = count_calls(monkeypatch, ops, "rms_norm")
+        blocks = flat(session.forward(TOKENS))
+    assert dispatched
+    for key, value in whole.items():
+        np.testing.assert_allclose(blocks[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

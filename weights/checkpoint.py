@@ -68,6 +68,10 @@ class Checkpoint:
         """The dtype of a stored tensor: on disk, or dequantised."""
         return self.files[self._places[name]].dtype(name)
 
+    def widest_dtype(self) -> np.dtype[Any]:
+        """The dtype of most bytes among the stored tensors."""
+        return max((self.dtype(name) for name in self.tensor_names), key=lambda dtype: dtype.itemsize)
+
     def stored_as(self, name: str) -> str:
         """How a tensor is stored, for people: its dtype, or GGUF's name of its type."""
         return self.files[self._places[name]].stored_as(name)

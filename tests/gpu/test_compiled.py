@@ -10,13 +10,14 @@ from collections import Counter
 import pytest
 
 from tests.gpu.cards import CARDS
-from tests.gpu.compiled import DTYPES, WHOLE
+from tests.gpu.compiled import DTYPES, SHORT, WHOLE
 from tests.gpu.conftest import HAS_PLUGIN
 from tests.test_cli import ROOT
 from tests.test_devices import clean_environment
 from tests.test_lowered import DOTS
 
 pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="XLA's CUDA compiler is in jaxref[cuda12], which is 5 GB")
+OURS = "__gpu$xla.gpu.triton"  # what Pallas makes of jaxref/few_rows.py
 CUBLAS = {"__cublas$gemm", "__cublas$lt$matmul"}
 # Sorts and top-k, which XLA has of its own.
 OTHERS = {"__cub$DeviceRadixSort", "__cub$DeviceRadixSortUnassignedScratchSize", "TopK", "__gpu$TopK"}
@@ -31,19 +32,33 @@ def found(request):
 
 
 def test_every_stage_and_the_whole_forward_compile(found) -> None:
-    made = Counter(program.get("dtype", "whole") for program in found["programs"])
-    assert set(made) == {*DTYPES, "whole"} and made["whole"] == len(WHOLE)
-    assert len({made[dtype] for dtype in DTYPES}) == 1
+    for programs in (found["programs"], found["short"]):
+        made = Counter(program["dtype"] for program in programs)
+        assert set(made) == {*DTYPES} and len(set(made.values())) == 1
+    made = Counter(program["stage"] for program in found["whole"])
+    assert made == {"forward": len(WHOLE), "program": 2 * len(DTYPES)}
 
 
 def test_products_are_cublas_s_at_full_precision(found) -> None:
     """One call for each, so that no weights are put together before; never TF32, which "DEFAULT" would be."""
-    for program in found["programs"]:
+    for program in found["programs"] + [program for program in found["whole"] if program["stage"] == "forward"]:
         calls = {name: count for name, count in program["calls"].items() if name in CUBLAS}
         assert set(program["calls"]) <= CUBLAS | OTHERS, program
         assert program["precisions"] == ({'"HIGHEST","HIGHEST"': sum(calls.values())} if calls else {}), program
         if program["stage"] != "forward":
             assert sum(calls.values()) == DOTS.get(program["stage"], 0), program
+
+
+def test_products_of_few_rows_are_kernels_of_ours(found) -> None:
+    """Those of parameters; so that none is widened in memory before."""
+    for program in found["short"]:
+        attention = DOTS[program["stage"]] if program["stage"] in ("attn_scores", "attention") else 0
+        made = {"cublas": sum(program["calls"].get(name, 0) for name in CUBLAS), "ours": program["calls"].get(OURS, 0)}
+        assert made == {"cublas": attention, "ours": DOTS.get(program["stage"], 0) - attention}, program
+    for program in found["whole"]:
+        if program["stage"] == "program":
+            assert (OURS in program["calls"]) == (program["count"] == SHORT), program
+            assert set(program["precisions"]) == {'"HIGHEST","HIGHEST"'}, program
 
 
 def test_nothing_in_the_machine_code_rounds_to_tf32_or_adds_in_any_order(found) -> None:
@@ -53,7 +68,7 @@ def test_nothing_in_the_machine_code_rounds_to_tf32_or_adds_in_any_order(found) 
 
 
 def test_no_stage_takes_more_memory_than_its_plan(found) -> None:
-    for program in found["programs"]:
+    for program in found["programs"] + found["short"] + found["whole"]:
         assert program["temporary"] <= program.get("planned", float("inf")), program
 
 

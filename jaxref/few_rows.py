@@ -1,0 +1,94 @@
+"""Products of few rows on an NVIDIA GPU, in Pallas: weights are read once, as they are stored, and widened on the way.
+
+A prompt of some tokens multiplies each weight some times, so that reading the weights is all that should count. cuBLAS
+reads float32 weights at a third of the memory's speed there, and would need bfloat16 ones widened in memory before.
+
+Dimension key: S rows, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+MOST_ROWS = 8  # a thread holds the sums of all rows in its registers
+OUTPUTS = ((1024, 4), (0, 2))  # from how many outputs on a warp takes how many of them at a time
+NUMBERS = 512  # weights that one warp takes at a time: 16 a thread
+LANES = 128  # inputs that it takes at most
+ENOUGH_WARPS = 1024  # else several warps share the inputs of a block of outputs
+AHEAD = 3  # steps whose weights are on their way
+INDEXABLE = 1 << 31  # the kernel counts in 32 bits
+
+
+def fits(x: Array, weight: Array) -> bool:
+    """Whether the kernel takes such operands: few rows, and a weight that it can count through."""
+    return x.ndim == weight.ndim == 2 and x.shape[0] <= MOST_ROWS and weight.size < INDEXABLE
+
+
+@partial(jax.jit, static_argnames=("interpret",))
+def product(x: Float[Array, "S I"], weight: Float[Array, "O I"], *, interpret: bool = False) -> Float[Array, "S O"]:
+    """x · Wᵀ in the dtype of `x`, float32 or float64, for S ≤ 8; weights of fewer bits are widened, which is exact.
+
+    Each thread sums every 32nd group of four inputs, then the threads' sums are added in pairs: always in the same
+    order, and nearer to the truth than one long sum. `interpret` runs it on a CPU, for tests.
+    """
+    # Not above: importing it takes longer than a dump on a CPU, which never needs it, may.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    rows, outputs = x.shape[0], weight.shape[0]
+    block, warps = _shares(outputs, x.dtype.itemsize)
+    return pl.pallas_call(
+        partial(_sum_block, block=block, lanes=LANES * warps),
+        out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
+        grid=(pl.cdiv(outputs, block),),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+    )(x, weight)
+
+
+def _shares(outputs: int, itemsize: int) -> tuple[int, int]:
+    """How many outputs a block makes, and how many warps share its inputs. Sums of 8 bytes take twice the registers."""
+    block = next(block for least, block in OUTPUTS if outputs >= least) * 4 // itemsize
+    blocks = -(-outputs // block)
+    return block, next(warps for warps in (1, 2, 4, 8) if warps == 8 or blocks * warps >= ENOUGH_WARPS)
+
+
+def _sum_block(x: Any, weight: Any, out: Any, *, block: int, lanes: int) -> None:
+    """`block` outputs of all rows, `lanes` inputs at a time, with the weights of the next steps on their way."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    (count, width), outputs = x.shape, weight.shape[0]
+    # Past the last output, the last one is made again: the same value twice in the same place.
+    places = [jnp.minimum(pl.program_id(0) * block + i, outputs - 1) for i in range(block)]
+    lane = jnp.arange(lanes, dtype=jnp.int32)
+
+    def take(matrix: Any, row: Any, step: Any, policy: str | None = None) -> Array:
+        inside = step * lanes + lane < width
+        place = matrix.at[row, pl.ds(step * lanes, lanes)]
+        return triton.load(place, mask=inside, other=0.0, eviction_policy=policy)
+
+    def weights(step: Any) -> tuple[Array, ...]:
+        # Each is used once, while the inputs should stay in the cache.
+        return tuple(take(weight, place, step, "evict_first") for place in places)
+
+    def add(step: Any, carry: Any) -> Any:
+        sums, coming = carry
+        now = [w.astype(out.dtype) for w in coming[0]]
+        inputs = [take(x, jnp.int32(row), step) for row in range(count)]
+        coming = (*coming[1:], weights(step + AHEAD))
+        pairs = zip(sums, inputs, strict=True)
+        return [[total + w * row for total, w in zip(totals, now, strict=True)] for totals, row in pairs], coming
+
+    zeros = [[jnp.zeros(lanes, out.dtype) for _ in places] for _ in range(count)]
+    coming = tuple(weights(jnp.int32(step)) for step in range(AHEAD))
+    sums, _ = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(width, lanes)), add, (zeros, coming))
+    for row, each in enumerate(sums):
+        for place, total in zip(places, each, strict=True):
+            triton.store(out.at[jnp.int32(row), place], jnp.sum(total))
