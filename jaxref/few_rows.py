@@ -9,6 +9,7 @@ Dimension key: S rows, I input width, O output width.
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -18,16 +19,19 @@ from jaxtyping import Float
 
 MOST_ROWS = 8  # a thread holds the sums of all rows in its registers
 OUTPUTS = ((1024, 4), (0, 2))  # from how many outputs on a warp takes how many of them at a time
-NUMBERS = 512  # weights that one warp takes at a time: 16 a thread
-LANES = 128  # inputs that it takes at most
+LANES = 128  # inputs that a warp takes at a time: four a thread
 ENOUGH_WARPS = 1024  # else several warps share the inputs of a block of outputs
-AHEAD = 3  # steps whose weights are on their way
+AHEAD = 8  # bytes of each weight's place that are on their way: four steps of bfloat16, two of float32
 INDEXABLE = 1 << 31  # the kernel counts in 32 bits
 
 
 def fits(x: Array, weight: Array) -> bool:
-    """Whether the kernel takes such operands: few rows, and a weight that it can count through."""
-    return x.ndim == weight.ndim == 2 and x.shape[0] <= MOST_ROWS and weight.size < INDEXABLE
+    """Whether the kernel takes such operands: few rows, and a weight that it can count through.
+
+    Pallas's way to Triton is to be removed from some later JAX, where the products would be cuBLAS's again.
+    """
+    few = x.ndim == weight.ndim == 2 and x.shape[0] <= MOST_ROWS and weight.size < INDEXABLE
+    return few and find_spec("jax.experimental.pallas.triton") is not None
 
 
 @partial(jax.jit, static_argnames=("interpret",))
@@ -44,7 +48,7 @@ def product(x: Float[Array, "S I"], weight: Float[Array, "O I"], *, interpret: b
     rows, outputs = x.shape[0], weight.shape[0]
     block, warps = _shares(outputs, x.dtype.itemsize)
     return pl.pallas_call(
-        partial(_sum_block, block=block, lanes=LANES * warps),
+        partial(_sum_block, block=block, lanes=LANES * warps, ahead=max(1, AHEAD // weight.dtype.itemsize)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
         grid=(pl.cdiv(outputs, block),),
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
@@ -59,7 +63,7 @@ def _shares(outputs: int, itemsize: int) -> tuple[int, int]:
     return block, next(warps for warps in (1, 2, 4, 8) if warps == 8 or blocks * warps >= ENOUGH_WARPS)
 
 
-def _sum_block(x: Any, weight: Any, out: Any, *, block: int, lanes: int) -> None:
+def _sum_block(x: Any, weight: Any, out: Any, *, block: int, lanes: int, ahead: int) -> None:
     """`block` outputs of all rows, `lanes` inputs at a time, with the weights of the next steps on their way."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -74,21 +78,30 @@ def _sum_block(x: Any, weight: Any, out: Any, *, block: int, lanes: int) -> None
         place = matrix.at[row, pl.ds(step * lanes, lanes)]
         return triton.load(place, mask=inside, other=0.0, eviction_policy=policy)
 
-    def weights(step: Any) -> tuple[Array, ...]:
+    def weights(step: Any) -> list[Array]:
         # Each is used once, while the inputs should stay in the cache.
-        return tuple(take(weight, place, step, "evict_first") for place in places)
+        return [take(weight, place, step, "evict_first") for place in places]
 
-    def add(step: Any, carry: Any) -> Any:
-        sums, coming = carry
-        now = [w.astype(out.dtype) for w in coming[0]]
+    def add(step: Any, sums: Any, now: list[Array]) -> Any:
         inputs = [take(x, jnp.int32(row), step) for row in range(count)]
-        coming = (*coming[1:], weights(step + AHEAD))
+        wide = [w.astype(out.dtype) for w in now]
         pairs = zip(sums, inputs, strict=True)
-        return [[total + w * row for total, w in zip(totals, now, strict=True)] for totals, row in pairs], coming
+        return [[total + w * row for total, w in zip(totals, wide, strict=True)] for totals, row in pairs]
+
+    def several(number: Any, carry: Any) -> Any:
+        # As many steps as are ahead, so that weights stay in the registers that they are read into: to move one that is
+        # still on its way would be to wait for it.
+        sums, coming = carry
+        for turn in range(ahead):
+            step = number * ahead + turn
+            sums = add(step, sums, coming[turn])
+            coming = [*coming[:turn], weights(step + ahead), *coming[turn + 1 :]]
+        return sums, coming
 
     zeros = [[jnp.zeros(lanes, out.dtype) for _ in places] for _ in range(count)]
-    coming = tuple(weights(jnp.int32(step)) for step in range(AHEAD))
-    sums, _ = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(width, lanes)), add, (zeros, coming))
+    coming = [weights(jnp.int32(step)) for step in range(ahead)]
+    turns = jnp.int32(pl.cdiv(width, lanes * ahead))
+    sums, _ = lax.fori_loop(jnp.int32(0), turns, several, (zeros, coming))
     for row, each in enumerate(sums):
         for place, total in zip(places, each, strict=True):
             triton.store(out.at[jnp.int32(row), place], jnp.sum(total))
