@@ -111,8 +111,7 @@ class Checkpoint:
 
     def embedding_rows(self, tokens: np.ndarray) -> np.ndarray:
         """[S, D]: only the rows of these token ids are read."""
-        table = self.files[self._places["model.embed_tokens.weight"]]
-        return np.concatenate([table.tensor("model.embed_tokens.weight", int(t), int(t) + 1) for t in tokens])
+        return self.files[self._places["model.embed_tokens.weight"]].rows("model.embed_tokens.weight", tokens)
 
     def norm(self) -> np.ndarray:
         """[D]: the weight of the final norm."""

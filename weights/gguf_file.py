@@ -124,12 +124,23 @@ class GgufFile(OfMap):
         stop = count if stop is None else min(stop, count)
         row = stored.nbytes // count  # bytes
         raw = np.frombuffer(self._map, np.uint8, (stop - start) * row, stored.offset + start * row)
+        return self._values(stored, dtype, raw.reshape(-1, row))
+
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
+        """Copies of these rows of the first axis; no others are read. Raises `UserError` as `tensor`."""
+        self._file.check()
+        stored = self.entries[name]
+        raw = np.frombuffer(self._map, np.uint8, stored.nbytes, stored.offset).reshape(stored.shape[0], -1)
+        return self._values(stored, self.dtype(name), raw[places])
+
+    def _values(self, stored: Stored, dtype: np.dtype[Any], raw: np.ndarray) -> np.ndarray:
+        """The numbers of rows of bytes: the same memory, or dequantised."""
         with self._lock:
             self.bytes_read += raw.nbytes
-        shape = (stop - start, *stored.shape[1:])
+        shape = (len(raw), *stored.shape[1:])
         if stored.kind in PLAIN:
             return raw.view(dtype).reshape(shape)
-        return _dequantised(raw.reshape(-1, row), stored.kind, math.prod(shape[1:])).reshape(shape)
+        return _dequantised(raw, stored.kind, math.prod(shape[1:])).reshape(shape)
 
 
 def _named(gguf: str, whole: Stored) -> Iterator[tuple[str, Stored]]:

@@ -99,6 +99,17 @@ class SafetensorsFile(OfMap):
         row = math.prod(shape[1:])
         offset = self._data + self.entries[name]["data_offsets"][0] + start * row * dtype.itemsize
         view = np.frombuffer(self._map, dtype, (stop - start) * row, offset)
-        with self._lock:
-            self.bytes_read += view.nbytes
+        self._count(view.nbytes)
         return view.reshape(stop - start, *shape[1:])
+
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
+        """Copies of these rows of the first axis; no others are read. Raises `UserError` as `tensor`."""
+        whole = self.tensor(name)
+        self._count(-whole.nbytes)
+        found = whole[places]
+        self._count(found.nbytes)
+        return found
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.bytes_read += size
