@@ -75,7 +75,7 @@ class Job:
             "format": self.form,
             "convention": self.convention,
             "device": device,
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": {name: _version(name) for name in packages},
         }
 
     def itemsize(self) -> int:
@@ -85,6 +85,14 @@ class Job:
     def paths(self) -> list[str]:
         """The files of this dump, in computation order."""
         return [stage_path(*key, self.form) for key in self.selection.keys()]
+
+
+def _version(package: str) -> str:
+    """As it is installed; jaxref itself may be run out of its folder."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 @dataclass

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import metadata
 from types import SimpleNamespace
 
 import jax
@@ -203,6 +205,20 @@ def test_nothing_is_written_over_before_it_has_arrived(zoo, monkeypatch) -> None
     for index, layer in enumerate(layers):
         np.testing.assert_array_equal(layer.up_proj.arrived, checkpoint.layer(index).up_proj)
         np.testing.assert_array_equal(layer.k_proj.arrived, checkpoint.layer(index).k_proj)
+
+
+def test_a_program_that_is_not_installed_dumps_too(tmp_path, monkeypatch) -> None:
+    found = metadata.version
+
+    def version(name: str) -> str:
+        if name == "jaxref":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    write_tree(EMBEDDED, tmp_path, [1, 2], stages="attn_norm")
+    versions = json.loads((tmp_path / "manifest.json").read_text())["versions"]
+    assert versions["jaxref"] == "not installed" and versions["jax"] == found("jax")
 
 
 def test_values_start_home_as_soon_as_they_exist(zoo, tmp_path, monkeypatch) -> None:
