@@ -1,6 +1,6 @@
 """One side of the GPU benchmark, in a process of its own so that its memory is given back: prints one JSON object.
 
-    python -m tests.gpu.bench {session,jit,hf,bandwidth} [MODEL] [--device cuda] [--tokens 7] [--repeat 10]
+    python -m tests.gpu.bench {session,jit,hf,bandwidth,products} [MODEL] [--device cuda] [--tokens 7] [--repeat 10]
 
 `session` is `jaxref.Session.forward`, `jit` is `jax.jit(jaxref.forward)`, `hf` Hugging Face eager with hooks. All are
 in float32 and make every stage. "resident": the values stay on the device; "home": they come to the host as well.
@@ -14,10 +14,12 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 WARM = 3  # runs before the first that counts
-COPIES = 8  # that a measurement of the bandwidth makes
+COPIES = 8  # that a measurement of the bandwidth makes, and of a product's weights
+SHAPES_7B = {"gate_proj": (18944, 3584), "down_proj": (3584, 18944), "o_proj": (3584, 3584), "k_proj": (512, 3584)}
 
 
 def main() -> None:
@@ -136,12 +138,41 @@ def bandwidth(model: str | None, device: str, counts: list[int], repeat: int) ->
     return {"bytes_a_second": 2 * size * COPIES / several}
 
 
+def products(model: str | None, device: str, counts: list[int], repeat: int) -> dict[str, Any]:
+    """Seconds of products of the 7B's shapes: as one card makes them of bfloat16 weights, and XLA's of float32 ones."""
+    from jaxref.devices import find_devices, prepare
+
+    prepare(device)
+    import jax
+    import jax.numpy as jnp
+
+    from jaxref import ops
+    from jaxref.precision import numerics_of
+
+    place, numerics, found = find_devices(device)[0], numerics_of("float32"), {}
+    with jax.default_device(place):
+        for count, (name, shape) in product(counts, SHAPES_7B.items()):
+            x = jax.random.normal(jax.random.key(0), (count, shape[1]))
+            # Several, so that none is in the cache, one behind another, so that to start them costs nothing.
+            wide = [jax.random.normal(jax.random.key(1 + i), shape) / shape[1] ** 0.5 for i in range(COPIES)]
+            stored = [weight.astype(jnp.bfloat16) for weight in wide]
+            row = found.setdefault(str(count), {})[name] = {}
+            for side, weights, way in (("stored", stored, numerics.on(place)), ("float32", wide, numerics)):
+                run = partial(_all_of, partial(ops.linear, x, numerics=way), weights)
+                row[side] = seconds(run, repeat) / COPIES
+    return found
+
+
+def _all_of(run: Callable[[Any], Any], weights: list[Any]) -> None:
+    [run(weight) for weight in weights][-1].block_until_ready()
+
+
 def peak(device: Any) -> dict[str, Any]:
     """The most memory that this process had on the device, where JAX knows it."""
     return {"peak": (device.memory_stats() or {}).get("peak_bytes_in_use")}
 
 
-SIDES = {"session": session, "jit": jit, "hf": hf, "bandwidth": bandwidth}
+SIDES = {"session": session, "jit": jit, "hf": hf, "bandwidth": bandwidth, "products": products}
 
 if __name__ == "__main__":
     main()
