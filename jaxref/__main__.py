@@ -91,10 +91,11 @@ class Placement:
         """What the job will need on each device. Raises `UserError` where that is more than the limit."""
         from jaxref.devices import parse_size
         from jaxref.memory import plan_for
-        from jaxref.mesh import parse_mesh
+        from jaxref.mesh import TENSOR, parse_mesh
 
         mesh = None if self.mesh is None else parse_mesh(self.mesh)
-        plan = plan_for(job.checkpoint, job.selection, job.numerics, mesh, self.device)
+        alone = self.device == "cuda" and (mesh is None or mesh[TENSOR] == 1)  # on a card of the last years
+        plan = plan_for(job.checkpoint, job.selection, replace(job.numerics, gpu=alone), mesh, self.device)
         return plan.fit(None if self.limit is None else parse_size(self.limit))
 
 

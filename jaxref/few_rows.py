@@ -23,6 +23,13 @@ LANES = 128  # inputs that a warp takes at a time: four a thread
 ENOUGH_WARPS = 1024  # else several warps share the inputs of a block of outputs
 AHEAD = 8  # bytes of each weight's place that are on their way: four steps of bfloat16, two of float32
 INDEXABLE = 1 << 31  # the kernel counts in 32 bits
+OLDEST = 8  # the compute capability, Ampere's, below which Triton compiles nothing
+
+
+def runs_on(gpu: Any) -> bool:
+    """Whether a GPU is new enough. JAX says "9.0" of an NVIDIA card, and other words of others."""
+    major = str(getattr(gpu, "compute_capability", "")).partition(".")[0]
+    return major.isdecimal() and int(major) >= OLDEST
 
 
 def fits(x: Array, weight: Array) -> bool:

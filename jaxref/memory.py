@@ -90,8 +90,7 @@ def plan_for(
 ) -> MemoryPlan:
     """What a run of a checkpoint needs on each device of a platform: on one, or on each of a mesh of such axes."""
     ways = 1 if mesh is None else mesh[TENSOR]
-    alone = platform != "cpu" and ways == 1
-    stored = checkpoint.widest_dtype() if alone else None  # a thousand names are looked up for it
+    stored = checkpoint.widest_dtype() if numerics.gpu else None  # a thousand names are looked up for it
     return plan_memory(selection, numerics, ways=ways, platform=platform, stored=stored)
 
 

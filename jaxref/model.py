@@ -230,7 +230,9 @@ def forward(params: Params, tokens: ArrayLike, config: Config, dtype: str = "flo
     [S, D], …}, …, "final_norm": [S, D], "lm_head": [S, V]}`, in the dtype of the precision (float32, float64, float16,
     bfloat16). Raises `UserError` for another dtype.
     """
-    numerics = numerics_of(dtype).on(jax.devices()[0])
+    numerics = numerics_of(dtype)
+    if jax.device_count() == 1:  # of several, each may hold a part of the parameters, and the kernel cannot be split
+        numerics = numerics.on(jax.devices()[0])
     with numerics.context():
         params = jax.tree.map(lambda w: jnp.asarray(w, numerics.kept(w.dtype)), params)
         tokens = jnp.asarray(tokens)

@@ -40,7 +40,8 @@ class Numerics:
 
     def on(self, device: Device, mesh: Mesh | None = None) -> Numerics:
         """The same for a device, or for a mesh that begins with it."""
-        return replace(self, gpu=device.platform == "gpu" and (mesh is None or mesh.size == 1))
+        alone = mesh is None or mesh.size == 1
+        return replace(self, gpu=device.platform == "gpu" and alone and few_rows.runs_on(device))
 
     def widen(self, x: Array) -> Array:
         """The same values in `wide`, in which operations are carried out."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+import jaxref
 from jaxref import few_rows, ops
 from jaxref.activations import Weight
-from jaxref.precision import numerics_of
+from jaxref.precision import Numerics, numerics_of
 from tests.trees import distance
+from weights import config_from_dict, random_params
+from weights.tiny import tiny_config
 
 CARD = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 
@@ -71,6 +76,34 @@ def calls(x, weight, *, gpu: bool, platform: str) -> tuple[int, int]:
 )
 def test_who_is_given_the_kernel(rows: int, gpu: bool, platform: str, found: tuple[int, int]) -> None:
     assert calls(*operands(rows, 64, 48), gpu=gpu, platform=platform) == found
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "mesh", "kernel"),
+    [
+        ("gpu", "9.0", None, True),
+        ("gpu", "12.0", SimpleNamespace(size=1), True),
+        ("gpu", "9.0", SimpleNamespace(size=4), False),
+        ("gpu", "7.5", None, False),  # Triton would refuse it with a traceback
+        ("gpu", "gfx90a", None, False),
+        ("cpu", "9.0", None, False),
+    ],
+)
+def test_which_cards_have_it(platform: str, capability: str, mesh, kernel: bool) -> None:
+    card = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert numerics_of("float32").on(card, mesh).gpu is kernel
+
+
+def test_parameters_that_several_devices_share_are_left_to_the_partitioner(monkeypatch) -> None:
+    config = config_from_dict(tiny_config("qwen2"))
+    params, tokens = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_params(config))), np.arange(7)
+    monkeypatch.setattr(Numerics, "on", lambda self, device, mesh=None: replace(self, gpu=True))
+    for count, kernels in ((1, True), (4, False)):
+        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+        with use_abstract_mesh(CARD):
+            forward = jax.jit(partial(jaxref.forward), static_argnums=2)  # another `partial`, another cache
+            text = forward.trace(params, tokens, config).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("triton" in text) is kernels
 
 
 def test_what_an_engine_rounds_is_rounded_before_the_kernel() -> None:

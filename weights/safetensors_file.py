@@ -92,6 +92,17 @@ class SafetensorsFile(OfMap):
         A scalar is one row. Raises `UserError` for a dtype that is neither of `DTYPES` nor of `WHOLE`, and where the
         file is no longer the one that was opened.
         """
+        view = self._view(name, start, stop)
+        self._count(view.nbytes)
+        return view
+
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
+        """Copies of these rows of the first axis; no others are read. Raises `UserError` as `tensor`."""
+        found = self._view(name)[places]
+        self._count(found.nbytes)
+        return found
+
+    def _view(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         self._file.check()
         shape = self.shape(name) or (1,)
         dtype = WHOLE.get(self.entries[name]["dtype"]) or self.dtype(name)
@@ -99,16 +110,7 @@ class SafetensorsFile(OfMap):
         row = math.prod(shape[1:])
         offset = self._data + self.entries[name]["data_offsets"][0] + start * row * dtype.itemsize
         view = np.frombuffer(self._map, dtype, (stop - start) * row, offset)
-        self._count(view.nbytes)
         return view.reshape(stop - start, *shape[1:])
-
-    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
-        """Copies of these rows of the first axis; no others are read. Raises `UserError` as `tensor`."""
-        whole = self.tensor(name)
-        self._count(-whole.nbytes)
-        found = whole[places]
-        self._count(found.nbytes)
-        return found
 
     def _count(self, size: int) -> None:
         with self._lock:

@@ -73,7 +73,7 @@ def test_a_model_larger_than_the_memory_is_streamed_inside_it(wide, tmp_path) ->
     [("moe", "float32", 40), ("qwen2", "float32", 40), ("qwen3", "float32", 7), ("qwen2", "bfloat16", 7)],
 )
 def test_a_session_stays_resident_and_has_the_bytes_of_a_dump(zoo, tmp_path, name: str, dtype: str, count: int) -> None:
-    """Of a dense model the session runs each layer as one program, the dump stage by stage."""
+    """Of a dense model the session runs all layers as one program, the dump stage by stage."""
     folder, tokens = zoo(name), prompt(40, 272)[:count]
     words = ["--tokens", ",".join(map(str, tokens)), "--device", DEVICE, "--dtype", dtype, "--positions", "all"]
     assert command("dump", folder, *words, "--output", tmp_path / "tree", "--quiet").returncode == 0
