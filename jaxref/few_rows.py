@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,14 @@ def fits(x: Array, weight: Array) -> bool:
     return few and find_spec("jax.experimental.pallas.triton") is not None
 
 
+class Tiles(NamedTuple):
+    """Outputs that a block makes, warps that share its inputs, and steps of weights that are on their way."""
+
+    block: int
+    warps: int
+    ahead: int
+
+
 @partial(jax.jit, static_argnames=("interpret",))
 def product(x: Float[Array, "S I"], weight: Float[Array, "O I"], *, interpret: bool = False) -> Float[Array, "S O"]:
     """x · Wᵀ in the dtype of `x`, float32 or float64, for S ≤ 8; weights of fewer bits are widened, which is exact.
@@ -48,26 +56,37 @@ def product(x: Float[Array, "S I"], weight: Float[Array, "O I"], *, interpret: b
     Each thread sums every 32nd group of four inputs, then the threads' sums are added in pairs: always in the same
     order, and nearer to the truth than one long sum. `interpret` runs it on a CPU, for tests.
     """
+    return tiled(x, weight, tiles_for(weight.shape[0], x.dtype.itemsize, weight.dtype.itemsize), interpret=interpret)
+
+
+def tiles_for(outputs: int, summed: int, stored: int) -> Tiles:
+    """The tiles of a product, from its outputs and from the bytes of its sums and weights.
+
+    Sums of 8 bytes take twice the registers, so that a block makes half as many of them.
+    """
+    block = next(block for least, block in OUTPUTS if outputs >= least) * 4 // summed
+    blocks = -(-outputs // block)
+    warps = next(warps for warps in (1, 2, 4, 8) if warps == 8 or blocks * warps >= ENOUGH_WARPS)
+    return Tiles(block, warps, max(1, AHEAD // stored))
+
+
+@partial(jax.jit, static_argnames=("tiles", "interpret"))
+def tiled(
+    x: Float[Array, "S I"], weight: Float[Array, "O I"], tiles: Tiles, *, interpret: bool = False
+) -> Float[Array, "S O"]:
+    """`product` in these tiles, which decide the order of its sums."""
     # Not above: importing it takes longer than a dump on a CPU, which never needs it, may.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     rows, outputs = x.shape[0], weight.shape[0]
-    block, warps = _shares(outputs, x.dtype.itemsize)
     return pl.pallas_call(
-        partial(_sum_block, block=block, lanes=LANES * warps, ahead=max(1, AHEAD // weight.dtype.itemsize)),
+        partial(_sum_block, block=tiles.block, lanes=LANES * tiles.warps, ahead=tiles.ahead),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
-        grid=(pl.cdiv(outputs, block),),
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        grid=(pl.cdiv(outputs, tiles.block),),
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
         interpret=interpret,
     )(x, weight)
-
-
-def _shares(outputs: int, itemsize: int) -> tuple[int, int]:
-    """How many outputs a block makes, and how many warps share its inputs. Sums of 8 bytes take twice the registers."""
-    block = next(block for least, block in OUTPUTS if outputs >= least) * 4 // itemsize
-    blocks = -(-outputs // block)
-    return block, next(warps for warps in (1, 2, 4, 8) if warps == 8 or blocks * warps >= ENOUGH_WARPS)
 
 
 def _sum_block(x: Any, weight: Any, out: Any, *, block: int, lanes: int, ahead: int) -> None:

@@ -1,9 +1,10 @@
 """One side of the GPU benchmark, in a process of its own so that its memory is given back: prints one JSON object.
 
-    python -m tests.gpu.bench {session,jit,hf,bandwidth,products} [MODEL] [--device cuda] [--tokens 7] [--repeat 10]
+    python -m tests.gpu.bench SIDE [MODEL] [--device cuda] [--tokens 7] [--repeat 10]
 
-`session` is `jaxref.Session.forward`, `jit` is `jax.jit(jaxref.forward)`, `hf` Hugging Face eager with hooks. All are
-in float32 and make every stage. "resident": the values stay on the device; "home": they come to the host as well.
+SIDE is session (`jaxref.Session.forward`), jit (`jax.jit(jaxref.forward)`) or hf (Hugging Face eager with hooks), all
+in float32 and with every stage; "resident": the values stay on the device, "home": they come to the host as well. Or it
+is bandwidth, products (of few rows, beside XLA's) or tiles (the kernel for them in other tiles than its own).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 WARM = 3  # runs before the first that counts
 COPIES = 8  # that a measurement of the bandwidth makes, and of a product's weights
 SHAPES_7B = {"gate_proj": (18944, 3584), "down_proj": (3584, 18944), "o_proj": (3584, 3584), "k_proj": (512, 3584)}
+SHAPES_SMALL = {"gate_proj": (192, 128), "down_proj": (128, 192)}  # to try this where there is no card
 
 
 def main() -> None:
@@ -51,6 +54,7 @@ def session(model: str, device: str, counts: list[int], repeat: int) -> dict[str
     prepare(device)
     import jax
 
+    from jaxref.home import to_numpy
     from jaxref.session import Session
 
     begun = time.perf_counter()
@@ -60,7 +64,7 @@ def session(model: str, device: str, counts: list[int], repeat: int) -> dict[str
             ids = list(range(1, count + 1))
             found[str(count)] = {
                 "resident": seconds(lambda ids=ids: jax.block_until_ready(resident.forward(ids)), repeat),
-                "home": seconds(lambda ids=ids: jax.device_get(resident.forward(ids)), repeat),
+                "home": seconds(lambda ids=ids: to_numpy(resident.forward(ids)), repeat),
             }
         return found | peak(resident.device)
 
@@ -74,6 +78,7 @@ def jit(model: str, device: str, counts: list[int], repeat: int) -> dict[str, An
     import numpy as np
 
     import jaxref
+    from jaxref.home import to_numpy
     from weights import open_checkpoint
 
     place, checkpoint = find_devices(device)[0], open_checkpoint(model)
@@ -90,7 +95,7 @@ def jit(model: str, device: str, counts: list[int], repeat: int) -> dict[str, An
             found[str(count)] = {
                 "compile": compiled,
                 "resident": seconds(lambda run=run: jax.block_until_ready(run()), repeat),
-                "home": seconds(lambda run=run: jax.device_get(run()), repeat),
+                "home": seconds(lambda run=run: to_numpy(run()), repeat),
             }
     return found | peak(place)
 
@@ -140,31 +145,63 @@ def bandwidth(model: str | None, device: str, counts: list[int], repeat: int) ->
 
 def products(model: str | None, device: str, counts: list[int], repeat: int) -> dict[str, Any]:
     """Seconds of products of the 7B's shapes: as one card makes them of bfloat16 weights, and XLA's of float32 ones."""
+    from jaxref import ops
+    from jaxref.precision import numerics_of
+
+    numerics = numerics_of("float32")
+    with _operands(device, counts) as (place, operands):
+        return {
+            name: {
+                "stored": _each(partial(ops.linear, numerics=numerics.on(place)), x, stored, repeat),
+                "float32": _each(partial(ops.linear, numerics=numerics), x, wide, repeat),
+            }
+            for name, x, wide, stored in operands
+        }
+
+
+def tiles(model: str | None, device: str, counts: list[int], repeat: int) -> dict[str, Any]:
+    """Seconds of the kernel for few rows and bfloat16 weights, by block, warps and steps ahead: its own, the best."""
+    from jaxref import few_rows
+
+    found, interpret = {}, device == "cpu"
+    with _operands(device, counts) as (_, operands):
+        for name, x, _, stored in operands:
+            own = few_rows.tiles_for(stored[0].shape[0], x.dtype.itemsize, stored[0].dtype.itemsize)
+            tried = {
+                each: _each(partial(few_rows.tiled, tiles=each, interpret=interpret), x, stored, repeat)
+                for each in {own, *map(few_rows.Tiles._make, product((2, 4, 8), (1, 2, 4), (4, 8)))}
+            }
+            best = sorted(tried, key=lambda each: tried[each])[:5]
+            found[name] = {" ".join(map(str, each)): tried[each] for each in [own, *best]}
+    return found
+
+
+@contextmanager
+def _operands(device: str, counts: list[int]) -> Iterator[tuple[Any, Iterator[tuple[str, Any, Any, Any]]]]:
+    """The device; of each shape a name, `x`, and weights in float32 and in bfloat16, so many that none is cached."""
     from jaxref.devices import find_devices, prepare
 
     prepare(device)
     import jax
     import jax.numpy as jnp
 
-    from jaxref import ops
-    from jaxref.precision import numerics_of
-
-    place, numerics, found = find_devices(device)[0], numerics_of("float32"), {}
-    with jax.default_device(place):
-        for count, (name, shape) in product(counts, SHAPES_7B.items()):
+    def made() -> Iterator[tuple[str, Any, Any, Any]]:
+        for count, (name, shape) in product(counts, (SHAPES_7B if device == "cuda" else SHAPES_SMALL).items()):
             x = jax.random.normal(jax.random.key(0), (count, shape[1]))
-            # Several, so that none is in the cache, one behind another, so that to start them costs nothing.
             wide = [jax.random.normal(jax.random.key(1 + i), shape) / shape[1] ** 0.5 for i in range(COPIES)]
-            stored = [weight.astype(jnp.bfloat16) for weight in wide]
-            row = found.setdefault(str(count), {})[name] = {}
-            for side, weights, way in (("stored", stored, numerics.on(place)), ("float32", wide, numerics)):
-                run = partial(_all_of, partial(ops.linear, x, numerics=way), weights)
-                row[side] = seconds(run, repeat) / COPIES
-    return found
+            yield f"{name}, {count} tokens", x, wide, [weight.astype(jnp.bfloat16) for weight in wide]
+
+    place = find_devices(device)[0]
+    with jax.default_device(place):
+        yield place, made()
 
 
-def _all_of(run: Callable[[Any], Any], weights: list[Any]) -> None:
-    [run(weight) for weight in weights][-1].block_until_ready()
+def _each(multiply: Callable[..., Any], x: Any, weights: list[Any], repeat: int) -> float:
+    """Seconds a product, all of them in one program: to start them one by one would take longer than they do."""
+    import jax
+
+    together = jax.jit(lambda x, weights: [multiply(x, weight) for weight in weights])
+    return seconds(lambda: jax.block_until_ready(together(x, weights)), repeat) / len(weights)
 
 
 def peak(device: Any) -> dict[str, Any]:
@@ -172,7 +209,7 @@ def peak(device: Any) -> dict[str, Any]:
     return {"peak": (device.memory_stats() or {}).get("peak_bytes_in_use")}
 
 
-SIDES = {"session": session, "jit": jit, "hf": hf, "bandwidth": bandwidth, "products": products}
+SIDES = {"session": session, "jit": jit, "hf": hf, "bandwidth": bandwidth, "products": products, "tiles": tiles}
 
 if __name__ == "__main__":
     main()

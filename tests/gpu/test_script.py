@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,6 +34,13 @@ def test_the_fast_checkpoints_are_whole_and_tame(tmp_path) -> None:
         assert np.isfinite(values).all() and values.std() > 0, name
     layers = [jax.tree.leaves(checkpoint.layer(i)) for i in range(2)]
     assert all(np.array_equal(a, b) for a, b in zip(*layers, strict=True))
+
+
+def test_products_are_timed() -> None:
+    words = [sys.executable, "-m", "tests.gpu.bench", "products", "--device", "cpu", "--repeat", "1", "--tokens", "7,9"]
+    found = json.loads(subprocess.run(words, capture_output=True, cwd=ROOT, check=True).stdout)
+    assert list(found) == [f"{name}, {n} tokens" for n in (7, 9) for name in ("gate_proj", "down_proj")]
+    assert all(times["stored"] > 0 and times["float32"] > 0 for times in found.values())
 
 
 def test_the_table() -> None:
