@@ -89,7 +89,7 @@ def rope(
     left, right = wide[..., : head_dim // 2], wide[..., head_dim // 2 :]
 
     def product(a: Array, b: Array) -> Array:
-        return numerics.widen(numerics.round(a * b))
+        return numerics.rounded(a * b)
 
     turned = [product(left, cos) - product(right, sin), product(right, cos) + product(left, sin)]
     return numerics.round(jnp.concatenate(turned, axis=-1)).reshape(x.shape[0], -1)

@@ -84,9 +84,9 @@ def _accumulate(
 
     No two rows are the same token's, so there is no order of additions that a GPU could change.
     """
-    weighted = numerics.round(numerics.widen(out) * numerics.widen(weights)[:, None])
+    weighted = numerics.rounded(numerics.widen(out) * numerics.widen(weights)[:, None])
     before = total.at[tokens].get(mode="fill", fill_value=0)
-    after = numerics.round(numerics.widen(before) + numerics.widen(weighted))
+    after = numerics.round(numerics.widen(before) + weighted)
     return total.at[tokens].set(after, mode="drop", unique_indices=True)
 
 

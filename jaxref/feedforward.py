@@ -52,9 +52,9 @@ def moe_ffn_out(
 ) -> Float[Array, "S D"]:
     """Σ weight · output over a token's experts, in the order of their ids, rounded after each, as in Hugging Face."""
     order = jnp.argsort(indices, axis=-1)
-    weighted = numerics.round(numerics.widen(outputs) * numerics.widen(weights)[..., None])
+    weighted = numerics.rounded(numerics.widen(outputs) * numerics.widen(weights)[..., None])
     weighted = jnp.take_along_axis(weighted, order[..., None], axis=1)
-    total = weighted[:, 0]
+    total = numerics.round(weighted[:, 0])
     for rank in range(1, weighted.shape[1]):
         total = ops.add(total, weighted[:, rank], numerics=numerics)
     return total

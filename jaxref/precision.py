@@ -55,6 +55,21 @@ class Numerics:
         y = x.astype(self.compute)
         return y if self.compute == self.wide else lax.optimization_barrier(y)
 
+    def rounded(self, x: Array) -> Array:
+        """A rounding point right before a sum: the values of `x` as they would be stored, in `wide` as they are.
+
+        `widen(round(x))` means the same, but on a machine with half-precision arithmetic a compiler makes one step of a
+        product and the sum after it, which rounds once.
+        """
+        if self.compute == self.wide:
+            return x
+        kept, wide = jnp.finfo(self.compute), jnp.finfo(self.wide)
+        found = lax.reduce_precision(x, kept.nexp, kept.nmant)
+        if kept.nexp == wide.nexp:
+            return found
+        step = float(kept.smallest_subnormal)  # below the normal numbers, of which alone that operation knows
+        return jnp.where(jnp.abs(x) < float(kept.smallest_normal), jnp.round(x / step) * step, found)
+
     def context(self) -> AbstractContextManager[Any]:
         """Where the work of this precision must run: 64-bit types are off in JAX unless asked for."""
         return jax.enable_x64(self.sums == np.float64)

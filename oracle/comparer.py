@@ -62,7 +62,7 @@ class _Comparer:
             check_positions(tree, self.dims)
         self.notes += mixed_up(trees["reference"], trees["test"])
         self.single = {role: single_position(tree, self.dims) for role, tree in trees.items()}
-        self.rules, notes = rules_of(trees, options, self.dims["S"])
+        self.rules, notes = rules_of(trees, options, self.dims)
         self.notes += notes
         self.conventions = {role: recognise(tree) for role, tree in trees.items()}
         for role, convention in self.conventions.items():

@@ -25,8 +25,8 @@ class Options:
     positions: tuple[int, ...] | None = None
 
 
-def rules_of(trees: Mapping[str, Tree], options: Options, count: int) -> tuple[Rules, list[str]]:
-    """The bounds for these trees of `count` tokens, by the dtypes they have, and notes on how these were told.
+def rules_of(trees: Mapping[str, Tree], options: Options, dims: Mapping[str, int]) -> tuple[Rules, list[str]]:
+    """The bounds for these trees, by the dtypes and the dimensions they have, and notes on how these were told.
 
     Raises `UserError` for a yardstick of another precision than the test's.
     """
@@ -56,6 +56,7 @@ def rules_of(trees: Mapping[str, Tree], options: Options, count: int) -> tuple[R
         options.tolerances,
         options.min_cosine,
         options.max_ratio,
-        count,
+        dims["S"],
+        max(dims["D"], dims["F"], dims["M"], dims["H"] * dims["h"]),
     )
     return rules, notes

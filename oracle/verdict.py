@@ -40,6 +40,7 @@ class Rules:
     min_cosine: float | None = None
     max_ratio: float = MAX_RATIO
     positions: int = 1  # tokens of the prompt
+    width: int = 1  # terms of the model's longest sum in a product
 
     def __post_init__(self) -> None:
         for name, value in (("max-ratio", self.max_ratio), ("min-cosine", self.min_cosine)):
@@ -53,8 +54,12 @@ class Rules:
 
     @property
     def floor(self) -> float:
-        """The least error that the yardstick is taken to have."""
-        return FLOOR_ULPS * self.epsilon
+        """The least error that the yardstick is taken to have.
+
+        In float32 products are summed in float32, and n terms in another order are off by about √n of its rounding.
+        """
+        sums = 2.0**-24 * math.sqrt(self.width) if self.coarser == "float32" else 0.0
+        return max(FLOOR_ULPS * self.epsilon, sums)
 
     def bound(self, key: Key) -> float:
         """The greatest relative L2 (and channel median) of a stage when nothing else is said."""
