@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from jaxref.stages import STAGES
-from oracle import tries, tries_cache, tries_ends, tries_fused, tries_inputs, tries_masks, tries_rows, tries_sums
+from oracle import tries
 from oracle import tries_attention as attention
 from oracle import tries_bias as biases
+from oracle import tries_cache as cache
+from oracle import tries_ends as ends
 from oracle import tries_experts as experts
+from oracle import tries_fused as fused
+from oracle import tries_inputs as inputs
+from oracle import tries_masks as masks
+from oracle import tries_norms as norms
 from oracle import tries_rounded as bits
+from oracle import tries_rows as rows
+from oracle import tries_sums as sums
 from oracle.tries import each, switch
 
 
@@ -42,8 +49,8 @@ SWAPPED = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 
 HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("embedding_scaled", ("embedding",), tries.times),
-    Hypothesis("embedding_shifted", ("embedding",), tries_ends.shifted),
-    Hypothesis("embedding_tokens", ("embedding",), tries_inputs.tokens),
+    Hypothesis("embedding_shifted", ("embedding",), ends.shifted),
+    Hypothesis("embedding_tokens", ("embedding",), inputs.tokens),
     Hypothesis("norm_eps", NORMS + HEAD_NORMS, tries.eps, generic=True),
     Hypothesis(
         "eps_outside",
@@ -63,6 +70,9 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         switch("the mean absolute value in place of the root of the mean square", size="absolute"),
     ),
     Hypothesis("norm_unrooted", NORMS + HEAD_NORMS, switch("the mean square without its root", size="unrooted")),
+    Hypothesis("norm_size_other", NORMS + HEAD_NORMS, norms.sizes),
+    Hypothesis("norm_partial", NORMS, norms.counted),
+    Hypothesis("norm_rounded", NORMS + HEAD_NORMS, norms.unit),
     Hypothesis(
         "norm_weight_first", NORMS + HEAD_NORMS, switch("its weight is applied before the norm", weight_first=True)
     ),
@@ -73,26 +83,27 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("norm_one_plus_w", NORMS + HEAD_NORMS, switch("the weight is 1 + w, as in Gemma", plus_one=True)),
     Hypothesis("norm_missing", ("attn_norm", "ffn_norm"), switch("the hidden state is not normed", skip=True)),
     Hypothesis("final_norm_missing", ("final_norm",), switch("the hidden state is not normed", skip=True)),
-    Hypothesis("final_norm_missing", ("lm_head",), tries_ends.unnormed),
+    Hypothesis("final_norm_missing", ("lm_head",), ends.unnormed),
     Hypothesis("head_norm_missing", HEAD_NORMS, switch("there is no norm of heads", skip=True)),
     Hypothesis("head_norm_row", HEAD_NORMS, switch("the norm is over the whole row, not over each head", row=True)),
     Hypothesis("head_norm_halves", HEAD_NORMS, switch("the norm is over each half of a head", halves=True)),
     Hypothesis("head_norm_swapped", HEAD_NORMS, tries.other_norm),
     Hypothesis("head_norm_permuted", HEAD_NORMS, biases.head_norm_permuted),
-    Hypothesis("qkv_grouped", ("qkv_matmul",), tries_fused.grouped),
+    Hypothesis("qkv_grouped", ("qkv_matmul",), fused.grouped),
     Hypothesis("qkv_order", ("qkv_matmul",), tries.order),
     Hypothesis("bias_missing", ("qkv_bias",), lambda bench: tries.bias(bench, 0)),
     Hypothesis("bias_q_only", ("qkv_bias",), switch("only q gets its bias", times={"k": 0, "v": 0})),
     Hypothesis("bias_doubled", ("qkv_bias",), lambda bench: tries.bias(bench, 2)),
     Hypothesis("bias_sign", ("qkv_bias",), lambda bench: tries.bias(bench, -1)),
     Hypothesis("bias_exchanged", ("qkv_bias",), biases.exchanged),
+    Hypothesis("bias_first_alone", ("qkv_bias",), biases.first_alone),
     Hypothesis("bias_permuted", ("qkv_bias",), biases.permuted),
     Hypothesis("bias_neighbour", ("qkv_bias",), biases.neighbour),
     Hypothesis("weight_transposed", (*MATRICES, "lm_head"), tries.transposed),
     Hypothesis("weight_permuted", ("qkv_matmul",), tries.permuted),
     Hypothesis("weight_neighbour", MATRICES, tries.neighbour),
     Hypothesis("weight_dtype", MATRICES, tries.bits),
-    Hypothesis("partial_sum", MATRICES, tries_sums.partial_sum),
+    Hypothesis("partial_sum", MATRICES, sums.partial_sum),
     Hypothesis("qkv_scaled", ("qkv_matmul", "qkv_bias"), tries.part_times, generic=True),
     Hypothesis("rope_missing", ROPE, switch("it is not rotated", skip=True)),
     Hypothesis(
@@ -108,14 +119,11 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("yarn_missing", ROPE, attention.yarn(doubled=False)),
     Hypothesis("yarn_doubled", ROPE, attention.yarn(doubled=True)),
     Hypothesis("yarn_other", ROPE, attention.yarn_other),
-    Hypothesis("rope_half_tables", ROPE, switch("cos and sin are rounded to float16", tables=np.float16)),
-    Hypothesis(
-        "rope_half_tables",
-        ROPE,
-        switch("cos and sin are rounded to bfloat16", "bfloat16", tables=ml_dtypes.bfloat16),
-    ),
+    Hypothesis("rope_half_tables", ROPE, each("cos and sin are rounded to {}", "tables", *bits.HALF)),
     Hypothesis("rope_half_frequencies", ROPE, each("frequencies are rounded to {}", "kept", *bits.HALF)),
     Hypothesis("rope_exchanged", ROPE, switch("cos and sin are exchanged", exchanged=True)),
+    Hypothesis("rope_in_place", ROPE, switch("the second of a pair is made of the first one turned", in_place=True)),
+    Hypothesis("rope_first_head", ROPE, switch("only the first head is rotated", first=1)),
     Hypothesis("rope_by_head", ROPE, switch("the head's number is taken for the position", by_head=True)),
     Hypothesis("rope_scaled", ROPE, tries.times, generic=True),
     *(
@@ -132,12 +140,12 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("mask_missing", ("attn_softmax",), switch("there is no causal mask", unmasked=True)),
     Hypothesis("mask_strict", ("attn_softmax",), switch("a query does not see itself", nearest=1)),
     Hypothesis("mask_ahead", ("attn_softmax",), switch("a query sees one key ahead", nearest=-1)),
-    Hypothesis("mask_value", ("attn_softmax",), tries_masks.masked_as),
+    Hypothesis("mask_value", ("attn_softmax",), masks.masked_as),
     *(
-        Hypothesis(f"mask_{kind}", ("attn_softmax",), tries_masks.pattern(kind))
-        for kind in ("hidden", "chunks", "documents", "prefix")
+        Hypothesis(f"mask_{kind}", ("attn_softmax",), masks.pattern(kind))
+        for kind in ("hidden", "tail", "chunks", "documents", "prefix")
     ),
-    Hypothesis("mask_other", ("attn_softmax",), tries_masks.other, generic=True),
+    Hypothesis("mask_other", ("attn_softmax",), masks.other, generic=True),
     Hypothesis("window", ("attn_softmax",), attention.window),
     Hypothesis(
         "softmax_query_axis",
@@ -156,6 +164,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         ("attn_softmax",),
         switch("1 is added to its sum after the greatest score was subtracted", "greatest", plus="greatest"),
     ),
+    Hypothesis("softmax_unrescaled", ("attn_softmax",), masks.unrescaled),
     Hypothesis("softmax_mean", ("attn_softmax",), switch("all keys have the same weight", heat=0.0)),
     Hypothesis("softmax_temperature", ("attn_softmax",), attention.heat, generic=True),
     *(
@@ -165,9 +174,10 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("v_heads_other", ("attention",), attention.kv_fitted, generic=True),
     Hypothesis("attention_unmerged", ("attention",), switch("[H, S, h] is taken for [S, H·h]", unmerged=True)),
     Hypothesis("attention_unmerged", ("attention",), switch("it is [S, h, H], not [S, H·h]", "h-major", by_dim=True)),
-    Hypothesis("attention_head_order", ("attention",), tries_cache.head_order),
-    Hypothesis("v_rotated", ("attention",), tries_cache.values_rotated),
-    Hypothesis("kv_cache_shifted", ("attn_scores", "attention"), tries_cache.shifted),
+    Hypothesis("attention_head_order", ("attention",), cache.head_order),
+    Hypothesis("v_rotated", ("attention",), cache.values_rotated),
+    Hypothesis("kv_cache_shifted", ("attn_scores", "attention"), cache.shifted),
+    Hypothesis("heads_untransposed", ("attn_scores", "attention"), cache.untransposed),
     Hypothesis("o_proj_head_order", ("attn_out",), tries.head_order),
     Hypothesis("o_proj_bias", ("attn_out",), tries.same_for_all, generic=True),
     Hypothesis("residual_missing", RESIDUALS, switch("the hidden state is not added", first=0)),
@@ -176,7 +186,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("branch_missing", RESIDUALS, switch("the branch is not added", second=0)),
     Hypothesis("residual_normed", RESIDUALS, tries.normed),
     Hypothesis("residual_scaled", RESIDUALS, tries.branches, generic=True),
-    Hypothesis("gate_up_interleaved", (*GATES, *UPS), tries_fused.interleaved),
+    Hypothesis("gate_up_interleaved", (*GATES, *UPS), fused.interleaved),
     Hypothesis("gate_up_swapped", ("ffn_gate", "ffn_up"), tries.exchanged(SWAPPED)),
     Hypothesis("gelu_tanh", ACTIVATED, switch("GELU (tanh) in place of SiLU", activation="gelu_tanh")),
     Hypothesis("gelu_erf", ACTIVATED, switch("GELU (erf) in place of SiLU", activation="gelu_erf")),
@@ -205,11 +215,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("router_half", ("moe_router_logits",), switch("logits are rounded to float16", stored=np.float16)),
     Hypothesis("router_half", ("moe_router",), switch("logits are rounded to float16", logits=np.float16)),
     Hypothesis("experts_off_by_one", ("moe_expert_gate", "moe_expert_up", "moe_expert_out"), experts.shift_experts),
-    Hypothesis(
-        "expert_gate_up_swapped",
-        ("moe_expert_gate", "moe_expert_up"),
-        tries.exchanged(SWAPPED),
-    ),
+    Hypothesis("expert_gate_up_swapped", ("moe_expert_gate", "moe_expert_up"), tries.exchanged(SWAPPED)),
     Hypothesis("expert_input_weighted", ("moe_expert_gate", "moe_expert_up"), experts.weighted_input),
     Hypothesis("moe_weights_twice", ("moe_ffn_out",), switch("an expert's weight is applied twice", power=2)),
     Hypothesis("moe_weights_missing", ("moe_ffn_out",), switch("experts are added without their weights", power=0)),
@@ -220,16 +226,17 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     ),
     Hypothesis("moe_weights_order", ("moe_ffn_out",), experts.rolled),
     Hypothesis("moe_expert_lost", ("moe_ffn_out",), experts.lost),
-    Hypothesis("head_tied", ("lm_head",), tries_ends.tied),
-    Hypothesis("logits_normalised", ("lm_head",), tries_ends.normalised),
-    Hypothesis("logits_penalised", ("lm_head",), tries_ends.penalised),
-    Hypothesis("logits_rolled", ("lm_head",), tries_ends.rolled),
-    Hypothesis("logits_position", ("lm_head",), tries_ends.position),
+    Hypothesis("moe_capacity", ("moe_ffn_out",), experts.capacity),
+    Hypothesis("head_tied", ("lm_head",), ends.tied),
+    Hypothesis("logits_normalised", ("lm_head",), ends.normalised),
+    Hypothesis("logits_penalised", ("lm_head",), ends.penalised),
+    Hypothesis("logits_rolled", ("lm_head",), ends.rolled),
+    Hypothesis("logits_position", ("lm_head",), ends.position),
     Hypothesis("logits_scaled", ("lm_head",), tries.times, generic=True),
     Hypothesis("logits_capped", ("lm_head",), each("capped at {:g} by tanh", "cap", 30.0, 50.0, 20.0, 15.0)),
     Hypothesis("scaled", (*PRODUCTS, "moe_router", "moe_ffn_out"), tries.times, generic=True),
-    Hypothesis("input_other", READERS, tries_inputs.other),
-    Hypothesis("rows_moved", tries_rows.BY_TOKEN, tries_rows.moved),
+    Hypothesis("input_other", READERS, inputs.other),
+    Hypothesis("rows_moved", rows.BY_TOKEN, rows.moved),
     Hypothesis("kv_cache_rounded", ("attn_scores", "attention"), bits.cached),
     Hypothesis("kv_cache_rounded", ("k_post_rope",), bits.int8_result),
     Hypothesis("weight_rounded", ("embedding", *MATRICES, "lm_head", *NORMS, *HEAD_NORMS), bits.weights),

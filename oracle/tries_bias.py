@@ -44,6 +44,24 @@ def _of_layer(field: str, layer: int, get: Get) -> np.ndarray:
     return get(field, layer)
 
 
+def first_alone(bench: Bench) -> Iterator[Try]:
+    """The bias where a loop over tokens or heads is missing: at the first token, or of the first head for all."""
+    yield Try("token", {"rows": _is_first(bench)}, "it is added to the first token alone")
+    for parts in ("qkv", "qk", "q", "k", "v"):
+        picks: dict[str, Pick] = {f"{part}_bias": partial(_first_head, bench.config.head_dim) for part in parts}
+        words = f"all heads of {', '.join(parts)} have the bias of the first one"
+        yield Try(f"{parts} head", {"w": picks}, words)
+
+
+def _is_first(bench: Bench) -> np.ndarray:
+    return (np.asarray(bench.case.positions) == 0)[:, None]
+
+
+def _first_head(width: int, get: Get) -> np.ndarray:
+    bias = get()
+    return np.tile(bias[:width], len(bias) // width)
+
+
 def exchanged(bench: Bench) -> Iterator[Try]:
     """The biases of two parts in each other's place, where they have one size."""
     for a, b in ("kv", "qk", "qv"):

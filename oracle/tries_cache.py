@@ -34,6 +34,23 @@ def shifted(bench: Bench) -> Iterator[Try]:
             yield Try(f"{step:+d}{name}", {"x": {1: found}, **start}, words)
 
 
+def untransposed(bench: Bench) -> Iterator[Try]:
+    """Tokens and heads not exchanged before the product: [S, heads, h] taken for [heads, S, h], or the other way."""
+    h, count = bench.config.head_dim, bench.replay.engine.count
+    whole, start = {"q": (0, bench.x[0]), "k": (1, bench.x[1])}, {}
+    if bench.stage == "attention":
+        whole, start = {"v": (1, _values(bench))}, {"start": 0}
+    if any(len(rows) != count for _, rows in whole.values()):
+        return
+    for lies, taken in (("[S, heads, h]", "[heads, S, h]"), ("[heads, S, h]", "[S, heads, h]")):
+        shape = (-1, count, h) if taken.startswith("[heads") else (count, -1, h)
+        for parts in dict.fromkeys((*whole, "".join(whole))):
+            x = {
+                i: rows.reshape(shape).swapaxes(0, 1).reshape(rows.shape) for i, rows in (whole[part] for part in parts)
+            }
+            yield Try(f"{parts} {lies}", {"x": x, **start}, f"{' and '.join(parts)} {lies} is taken for {taken}")
+
+
 def head_order(bench: Bench) -> Iterator[Try]:
     """Heads of the result in another order: reversed, group-minor, or any that fits."""
     H, K, h = bench.config.num_attention_heads, bench.config.num_key_value_heads, bench.config.head_dim

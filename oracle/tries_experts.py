@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+
+import numpy as np
 
 from oracle.bench import Bench
 from oracle.tries import Tries, Try
+
+# Capacity factors that people use (arXiv:2101.03961): tokens an expert takes, by those it would get were all alike.
+FACTORS = (1.0, 1.25, 1.5, 2.0, 4.0)
 
 
 def renormalise(wanted: bool) -> Tries:
@@ -32,6 +38,21 @@ def lost(bench: Bench) -> Iterator[Try]:
     """One rank left out of the sum."""
     for rank in range(bench.config.num_experts_per_tok):
         yield Try(rank, {"lost": rank}, f"the output of the expert of rank {rank} is not added")
+
+
+def capacity(bench: Bench) -> Iterator[Try]:
+    """Experts that take so many tokens, and drop those that come later."""
+    ids = bench.x[2].astype(int)
+    if bench.case.positions != tuple(range(len(ids))):
+        return
+    # [S, A]: how many tokens before each one chose the same expert.
+    before = np.cumsum(np.eye(bench.config.num_experts, dtype=int)[ids].sum(axis=1), axis=0)
+    turn = np.take_along_axis(before, ids, axis=1)
+    shares = {math.ceil(factor * ids.size / bench.config.num_experts) for factor in FACTORS}
+    for limit in sorted({*range(1, 17), *shares}):
+        if limit < turn.max():
+            words = f"an expert takes {limit} tokens, and those that choose it later go without"
+            yield Try(limit, {"kept": turn <= limit}, words)
 
 
 def rolled(bench: Bench) -> Iterator[Try]:

@@ -23,6 +23,7 @@ _NAMED = {
 # These read nothing of their own layer: what the layer before wrote could be in its place.
 _FIRST = ("attn_norm", "final_norm", "lm_head")
 _LATE = ("attn_out", "post_attn_residual", "ffn_norm", "ffn_out", "moe_ffn_out", "post_ffn_residual")
+_SUMS = ("post_attn_residual", "post_ffn_residual")
 _PACKED = ("qkv_matmul", "qkv_bias")
 # Rows of the embedding that are compared at once.
 _ROWS = 8192
@@ -79,11 +80,13 @@ def _tensors(bench: Bench, own: Key, place: int) -> Iterator[tuple[str, np.ndarr
 
 
 def _before(bench: Bench) -> Iterator[tuple[str, Key]]:
-    """The tensors of this layer before the stage, and the hidden state that came in."""
+    """The tensors of this layer before the stage, the hidden state that came in, and of a sum the embedding."""
     layer, config = bench.layer, bench.config
     last = (config.num_hidden_layers if layer is None else layer) - 1
     hidden = (last, "post_ffn_residual") if last >= 0 else (0, "embedding")
     yield HIDDEN, hidden
+    if last >= 0 and bench.stage in _SUMS:
+        yield "embedding", (0, "embedding")
     if bench.stage in _FIRST and last >= 0:
         yield from (
             (f"{name} of the layer before", (last, name)) for name in _LATE if STAGES[name].exists(config, last)

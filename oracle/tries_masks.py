@@ -16,6 +16,8 @@ INSTEAD = (0.0, -1.0, -10.0, -100.0)
 FIRST, CHUNKS = (1, 2, 3, 4), tuple(2**n for n in range(2, 13))
 # Where a document begins or a prefix ends can be anywhere: up to so many positions each is tried.
 SHORT = 64
+# Kernels take so many keys at a time.
+BLOCKS = tuple(2**n for n in range(2, 10))
 # float32 may take less than this for zero on its way.
 TINY = 1e-30
 
@@ -38,6 +40,15 @@ def pattern(kind: str) -> Tries:
                 yield Try(number, {"seen": seen}, words)
 
     return tries
+
+
+def unrescaled(bench: Bench) -> Iterator[Try]:
+    """Blocks of keys, as flash attention takes them, of which earlier ones are not rescaled for a greater score."""
+    kept = {"nothing": "neither sum nor output is", "sum": "the output is not", "output": "the sum is not"}
+    for block in (block for block in BLOCKS if block < bench.x[2].shape[0]):
+        for rescaled, words in kept.items():
+            words = f"it runs over blocks of {block} keys, and {words} rescaled when a greater score comes"
+            yield Try(f"{block} {rescaled}", {"block": block, "rescaled": rescaled}, words)
 
 
 def other(bench: Bench) -> Iterator[Try]:
@@ -79,6 +90,10 @@ def _patterns(bench: Bench, kind: str) -> Iterator[tuple[int, np.ndarray, str]]:
         for size in CHUNKS if not bench.shown else range(2, count):
             words = f"a query sees its own chunk of {size} positions alone"
             yield size, right & (queries // size == keys // size), words
+    elif kind == "tail":
+        for block in (block for block in BLOCKS if 0 < count % block < count):
+            words = f"nobody sees the last {count % block} keys, which fill no block of {block}"
+            yield block, right & (keys < count - count % block), words
     elif not bench.shown and count > SHORT:
         return
     elif kind == "documents":

@@ -21,14 +21,14 @@ NORMED = ("attn_norm", "ffn_norm", "final_norm", "q_norm", "k_norm")
 HALF: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def _coarser(bench: Bench) -> dict[str, Any]:
+def coarser(bench: Bench) -> dict[str, Any]:
     """The types with fewer bits than the engine's own that are worth a name: none but of float32."""
     return HALF if bench.replay.emulated.compute.itemsize >= 4 else {}
 
 
 def stored(bench: Bench) -> Iterator[Try]:
     """The stage's own result rounded."""
-    for name, dtype in _coarser(bench).items():
+    for name, dtype in coarser(bench).items():
         if (bench.stage, name) != ("moe_router_logits", "float16"):  # that is router_half
             shown = {} if bench.row.per_expert else {"shown": bench.engine}
             yield Try(name, {"stored": dtype, **shown}, f"its result is rounded to {name}")
@@ -36,7 +36,7 @@ def stored(bench: Bench) -> Iterator[Try]:
 
 def weights(bench: Bench) -> Iterator[Try]:
     """All its weights rounded."""
-    for name, dtype in ({} if bench.stage == "embedding" else _coarser(bench)).items():
+    for name, dtype in ({} if bench.stage == "embedding" else coarser(bench)).items():
         picks = {field: partial(_narrowed, dtype) for field in bench.row.params}
         yield Try(name, {"w": picks}, f"its weights are rounded to {name}, the checkpoint's have more bits")
     if bench.stage == "embedding":
@@ -90,7 +90,7 @@ def _some_columns(bench: Bench, x: np.ndarray, rounded: Round) -> float:
 def inputs(bench: Bench) -> Iterator[Try]:
     """What a product reads, rounded before it, alone or with its weights."""
     x = bench.x[0]
-    for name, dtype in _coarser(bench).items():
+    for name, dtype in coarser(bench).items():
         rows = {0: cast(dtype, x)}
         yield Try(name, {"x": rows}, f"its input is rounded to {name} before the product")
         picks = {field: partial(_narrowed, dtype) for field in bench.row.params}
@@ -110,14 +110,14 @@ def _kept(kind: Round, get: Get) -> np.ndarray:
 
 def int8_result(bench: Bench) -> Iterator[Try]:
     """k as an int8 cache keeps it."""
-    if _coarser(bench):
+    if coarser(bench):
         yield Try("int8", {"after": int8}, "its result is rounded to int8, a scale for each head and token")
 
 
 def cached(bench: Bench) -> Iterator[Try]:
     """k or v read from a cache with fewer bits."""
     kinds: dict[str, Round] = {"int8": int8}
-    kinds |= {name: partial(cast, dtype) for name, dtype in (FLOAT8 | _coarser(bench)).items()}
+    kinds |= {name: partial(cast, dtype) for name, dtype in (FLOAT8 | coarser(bench)).items()}
     K, h, start = bench.config.num_key_value_heads, bench.config.head_dim, bench.settings.get("start", 0)
     rows = bench.x[1][:, start : start + K * h]
     for name, kind in kinds.items():

@@ -21,7 +21,8 @@ SLACK = 2.0**-20
 
 def norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """RMSNorm of rows: `skip`, `centre` (LayerNorm), `eps`, `outside`: where eps is added; `size`: "sum", "absolute"
-    or "unrooted". The weight: `power`, 0 for none, `plus_one`, and `weight_first`: it is applied before the norm.
+    or "unrooted", of `counted` columns; `sizes`, applied to the mean squares of all rows. `unit`: the dtype of what the
+    weight meets, beside what is `shown` of the result. The weight: `power`, 0 for none, `plus_one`, and `weight_first`.
     """
     (weight,) = w.values()
     return x[0] if s.get("skip") else _normed(x[0], weight, s)
@@ -45,7 +46,9 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
         x, weight = x * weight, np.ones_like(weight)
     if s.get("centre"):
         x = x - x.mean(axis=-1, keepdims=True)
-    size, outside = np.square(x).mean(axis=-1, keepdims=True), s.get("outside")
+    counted = np.arange(x.shape[-1]) < s.get("counted", x.shape[-1])
+    size, outside = (np.square(x) * counted).mean(axis=-1, keepdims=True), s.get("outside")
+    size = s["sizes"](size) if "sizes" in s else size
     if s.get("size") == "sum":
         size = size * x.shape[-1]
     if s.get("size") == "absolute":
@@ -56,7 +59,21 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
         unit = x * (1 / np.sqrt(size) + s["eps"])
     else:
         unit = x / (np.sqrt(size) + s["eps"] if outside == "root" else np.sqrt(size + s["eps"]))
-    return unit * (weight + 1 if s.get("plus_one") else weight) ** s.get("power", 1)
+    factor = (weight + 1 if s.get("plus_one") else weight) ** s.get("power", 1)
+    return _rounded_unit(unit, factor, s) if "unit" in s else unit * factor
+
+
+def _rounded_unit(unit: Array, factor: Array, s: Switches) -> Array:
+    """The normed value in fewer bits before its weight. Near a half either neighbour is right: the engine's."""
+    below, above = ((unit + slack).astype(s["unit"]).astype(np.float64) * factor for slack in _slack(unit))
+    shown = s["shown"].reshape(unit.shape) if "shown" in s else unit * factor
+    return np.where(np.abs(below - shown) < np.abs(above - shown), below, above)
+
+
+def _slack(values: Array) -> tuple[Array, Array]:
+    """How far below and above the engine's own float32 may be of these."""
+    slack = SLACK * (np.abs(values) + np.sqrt(np.square(values).mean()))
+    return -slack, slack
 
 
 def qkv_matmul(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -67,10 +84,11 @@ def qkv_matmul(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def qkv_bias(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`times`: how often each part's bias is added; `parts`: factors of what follows."""
+    """`times`: how often each part's bias is added; `rows`: to which rows [S, 1]; `parts`: factors of what follows."""
     times, parts = s.get("times", {}), s.get("parts", {})
     factors = np.concatenate([np.full(len(w[f"{part}_bias"]), float(parts.get(part, 1))) for part in "qkv"])
-    return factors * (x[0] + np.concatenate([times.get(part, 1) * w[f"{part}_bias"] for part in "qkv"]))
+    added = np.concatenate([times.get(part, 1) * w[f"{part}_bias"] for part in "qkv"])
+    return factors * (x[0] + added * s.get("rows", 1))
 
 
 def linear(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -113,7 +131,6 @@ def _stored(function: Callable[..., Array], x: list[Array], w: dict[str, Array],
     rounded, shown = found.astype(s["stored"]).astype(np.float64), s.get("shown")
     # Between two values of that type the engine's own float32 decides: either of them is right.
     if shown is not None:
-        slack = SLACK * (np.abs(found) + np.sqrt(np.square(found).mean()))
-        for other in (found - slack, found + slack):
-            rounded = np.where(other.astype(s["stored"]) == shown, shown, rounded)
+        for slack in _slack(found):
+            rounded = np.where((found + slack).astype(s["stored"]) == shown, shown, rounded)
     return rounded

@@ -21,6 +21,7 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """RoPE: `interleaved`, `theta`, `offset`, `sign`, `stretch`, `partial`, `scaling`, `magnitude`, `tables`, `skip`.
 
     `exchanged`: cos and sin; `by_head`: heads are taken for positions; `kept`: the dtype of frequencies; `times`.
+    `in_place`: the second of a pair is made of the first one turned; `first`: so many heads are turned.
     `raw` are rows to rotate instead; `after` is applied to what was rotated [S, heads, h]; `offset` may be one a row.
     """
     heads, h = s["heads"], s["head_dim"]
@@ -43,13 +44,14 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     if tables := s.get("tables"):
         cos, sin = (t.astype(tables).astype(np.float64) for t in (cos, sin))
     turned, rest = values[..., :width], values[..., width:]
-    if s.get("interleaved"):
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = np.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
-    else:
-        a, b = np.split(turned, 2, axis=-1)
-        turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    interleaved = s.get("interleaved")
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else np.split(turned, 2, axis=-1)
+    first = a * cos - b * sin
+    second = b * cos + (first if s.get("in_place") else a) * sin
+    turned = np.stack([first, second], -1).reshape(turned.shape) if interleaved else np.concatenate([first, second], -1)
     found = np.concatenate([turned, rest], axis=-1)
+    if "first" in s:
+        found = np.where((np.arange(heads) < s["first"])[:, None], found, values)
     found = s["after"](found) if "after" in s else found
     return s.get("times", 1.0) * found.reshape(len(found), -1)
 
@@ -68,7 +70,8 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
     `seen`: a mask [S, T] or [H, S, T]; `masked`: a number in place of minus infinity; `plus`: what the sum has
     besides, "zero" (a key with score 0) or "greatest" (one as great as the greatest). Of the scores: `cap`, and `heat`,
-    which they are multiplied with (0: a mean over keys).
+    which they are multiplied with (0: a mean over keys). `block`: it runs over blocks of so many keys, and of what came
+    before a greater score only the `rescaled` is rescaled: "nothing", "sum" or "output".
     """
     back = x[1][:, None] - x[2][None, :]
     seen = back >= s.get("nearest", 0)
@@ -83,9 +86,20 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     with np.errstate(invalid="ignore"):
         greatest = masked.max(axis=axis, keepdims=True)
         powers = np.exp(masked - greatest)
+        if "block" in s:
+            return _by_blocks(masked, powers, s)
         plus = {"zero": np.exp(-greatest), "greatest": 1.0}.get(s.get("plus", ""), 0.0)
     found = np.nan_to_num(powers / (1 if s.get("undivided") else plus + powers.sum(axis=axis, keepdims=True)))
     return found if "masked" in s else np.where(seen, found, 0.0)
+
+
+def _by_blocks(scores: Array, powers: Array, s: Switches) -> Array:
+    """Softmax over blocks of keys (arXiv:2205.14135) that keeps powers as they were by the greatest score so far."""
+    count = scores.shape[-1]
+    ends = np.minimum(np.arange(count) // s["block"] * s["block"] + s["block"], count) - 1
+    kept = np.nan_to_num(np.exp(scores - np.maximum.accumulate(scores, axis=-1)[..., ends]))
+    summed = powers if s["rescaled"] == "sum" else kept
+    return (powers if s["rescaled"] == "output" else kept) / summed.sum(axis=-1, keepdims=True)
 
 
 def attention(x: list[Array], w: dict[str, Array], s: Switches) -> Array:

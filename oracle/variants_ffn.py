@@ -82,9 +82,12 @@ def _softmax(x: Array) -> Array:
 
 
 def moe_ffn_out(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`power` of the weights; `backwards`: their order; `rolled`: by ranks; `lost`: a rank left out; `times`."""
+    """`power` of the weights; `backwards`: their order; `rolled`: by ranks; `lost`: a rank left out; `times`.
+
+    `kept` [S, A]: which outputs are added.
+    """
     weights = x[1] ** s.get("power", 1)
     weights = np.roll(weights[:, ::-1] if s.get("backwards") else weights, s.get("rolled", 0), axis=1)
     if "lost" in s:
         weights = np.where(np.arange(weights.shape[1]) == s["lost"], 0.0, weights)
-    return s.get("times", 1.0) * np.einsum("sad,sa->sd", x[0], weights)
+    return s.get("times", 1.0) * np.einsum("sad,sa->sd", x[0], weights * s.get("kept", 1.0))

@@ -19,6 +19,7 @@ def attend(here: Place, x: Tensor) -> Tensor:
     q, k = _turn(here, "q", q), _turn(here, "k", before if here.fault("input_other/k_post_rope/v") else k)
     k, v = _cached(here, "k", k), _cached(here, "v", v)
     v = rotate(here, "v", v) if here.fault("v_rotated") else v
+    q, k, v = _untransposed(here, "q", q), _untransposed(here, "k", k), _untransposed(here, "v", v)
     scores = here.emit("attn_scores", _scores(here, q, k))
     chances = here.emit("attn_softmax", _softmax(here, scores))
     mixed = torch.einsum("jqk,kjd->qjd", chances.float(), v[:, _kv_head(here, "v_heads")].float())
@@ -44,6 +45,13 @@ def _cached(here: Place, part: str, x: Tensor) -> Tensor:
     return here.round(x.to(getattr(torch, kind))) if kind else x
 
 
+def _untransposed(here: Place, part: str, x: Tensor) -> Tensor:
+    """[S, heads, h], as it is read where somebody forgot to exchange tokens and heads, or did it twice."""
+    if here.fault(f"heads_untransposed/{part}"):
+        return x.contiguous().view(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1)
+    return x.transpose(0, 1).reshape(x.shape) if here.fault(f"heads_untransposed/{part}/back") else x
+
+
 def _project(here: Place, x: Tensor) -> tuple[Tensor, ...]:
     """q, k and v; a bias is added before anything is rounded."""
     order = here.argument("qkv_order") or "qkv"
@@ -61,6 +69,8 @@ def _project(here: Place, x: Tensor) -> tuple[Tensor, ...]:
         bias = torch.cat(
             [_bias(here, part, here.weight(f"{role}.bias")) for part, role in zip(PARTS, roles, strict=True)]
         )
+        if here.fault("bias_first_alone/token"):
+            bias = torch.stack([bias, *[torch.zeros_like(bias)] * (len(row) - 1)])
         row = here.emit("qkv_bias", here.round(row + bias))
     return here.round(row).split(widths, dim=-1)
 
@@ -72,6 +82,8 @@ def _bias(here: Place, part: str, bias: Tensor) -> Tensor:
         bias = here.weight(f"self_attn.{'v' if part == 'k' else 'k'}_proj.bias")
     if part != "v" and here.fault("bias_permuted/halves"):
         bias = bias.view(-1, 2, here.head_dim // 2).transpose(1, 2).flatten()
+    if here.fault("bias_first_alone/head"):
+        bias = bias[: here.head_dim].repeat(len(bias) // here.head_dim)
     if here.fault("bias_neighbour"):
         bias = here.neighbour_weight(f"self_attn.{part}_proj.bias")
     if here.fault("bias_sign"):
@@ -141,8 +153,23 @@ def _softmax(here: Place, scores: Tensor) -> Tensor:
         return here.round(torch.cat([scores.masked_fill(~seen, -torch.inf), sink], dim=-1).softmax(-1)[..., :-1])
     if value := here.argument("mask_value"):
         return here.round(scores.masked_fill(~seen, float(value)).softmax(-1))
+    if kind := here.argument("softmax_unrescaled"):
+        return here.round(_online(scores.masked_fill(~seen, -torch.inf), *kind.split()))
     axis = -2 if here.fault("softmax_query_axis") else -1
     return here.round(scores.masked_fill(~seen, -torch.inf).softmax(axis))
+
+
+def _online(scores: Tensor, block: str, rescaled: str) -> Tensor:
+    """Softmax as flash attention runs over blocks of keys, forgetting to rescale what it has so far."""
+    greatest = torch.full_like(scores[..., :1], -torch.inf)
+    total, parts = torch.zeros_like(greatest), []
+    for some in scores.split(int(block), dim=-1):
+        new = torch.maximum(greatest, some.amax(-1, keepdim=True))
+        powers, shrink = (some - new).exp(), (greatest - new).exp()
+        total = total * (shrink if rescaled == "sum" else 1) + powers.sum(-1, keepdim=True)
+        parts = [part * (shrink if rescaled == "output" else 1) for part in parts] + [powers]
+        greatest = new
+    return torch.cat(parts, dim=-1) / total
 
 
 def _visible(here: Place, count: int) -> Tensor:
@@ -164,6 +191,8 @@ def _pattern(here: Place, seen: Tensor, place: Tensor) -> Tensor:
     """A causal mask that is not quite one."""
     if first := here.argument("mask_hidden"):
         return seen & ((place >= int(first)) | (place[:, None] == place))
+    if size := here.argument("mask_tail"):
+        return seen & (place < len(place) // int(size) * int(size))
     if size := here.argument("mask_chunks"):
         return seen & (place[:, None] // int(size) == place // int(size))
     if start := here.argument("mask_documents"):

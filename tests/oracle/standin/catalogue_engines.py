@@ -113,4 +113,28 @@ ROWS = [
     row("rows_moved/attention/other", "attention", "other"),
 ]
 
-GROUPS: list[list[Planted]] = [QUANTISED, SUMS, CACHE, ENDS, NORMS, MATRICES, ATTENTION, FEED_FORWARD, ROWS]
+LOOPS = [
+    row("norm_rounded/attn_norm/float16", "attn_norm", "float16", dtypes=F32),
+    row("norm_rounded/final_norm/bfloat16", "final_norm", "bfloat16", dtypes=F32, per_layer=False),
+    row("norm_rounded/k_norm/bfloat16", "k_norm", "bfloat16", dtypes=F32, archs=NORMED),
+    row("norm_partial/ffn_norm/64", "ffn_norm", 64),
+    row("norm_size_other/attn_norm/first", "attn_norm", "first token"),
+    row("norm_size_other/ffn_norm/all", "ffn_norm", "all tokens"),
+    row("norm_size_other/q_norm/head", "q_norm", "first head", archs=NORMED),
+    row("bias_first_alone/token", "qkv_bias", "token", archs=("qwen2",)),
+    row("bias_first_alone/head", "qkv_bias", "qkv head", archs=("qwen2",)),
+    row("rope_in_place", ROPE),
+    row("rope_first_head", ROPE),
+    row("heads_untransposed/q", "attn_scores", "q [S, heads, h]"),
+    row("heads_untransposed/k/back", "attn_scores", "k [heads, S, h]"),
+    row("heads_untransposed/v", "attention", "v [S, heads, h]"),
+    row("heads_untransposed/v/back", "attention", "v [heads, S, h]"),
+    row("softmax_unrescaled/4 nothing", "attn_softmax", "4 nothing"),
+    row("softmax_unrescaled/8 sum", "attn_softmax", "8 sum"),
+    row("softmax_unrescaled/4 output", "attn_softmax", "4 output"),
+    row("mask_tail/8", "attn_softmax", 8),
+    row("input_other/post_ffn_residual/embedding", "post_ffn_residual", "embedding"),
+    row("moe_capacity/4", "moe_ffn_out", 4, archs=MOE),
+]
+
+GROUPS: list[list[Planted]] = [QUANTISED, SUMS, CACHE, ENDS, NORMS, MATRICES, ATTENTION, FEED_FORWARD, ROWS, LOOPS]

@@ -138,6 +138,11 @@ def _combined(here: Place, out: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
     kept = torch.ones_like(shares)
     if lost := here.argument("moe_expert_lost"):
         kept[:, int(lost)] = 0
+    if limit := here.argument("moe_capacity"):
+        taken = [0] * here.config["num_experts"]
+        for token, rank in [(t, r) for t in range(len(ids)) for r in range(ids.shape[1])]:
+            taken[ids[token, rank]] += 1
+            kept[token, rank] = taken[ids[token, rank]] <= int(limit)
     weighed = out * (shares * kept)[..., None]
     order = ids.argsort(dim=1)[..., None].expand_as(weighed)
     total = torch.zeros_like(weighed[:, 0])

@@ -55,7 +55,19 @@ def _normed(here: Place, stage: str, x: Tensor, over: tuple[int, ...]) -> Tensor
         return here.round(x / (x.square().mean(over, keepdim=True) + eps))
     if here.fault(f"norm_absolute/{stage}"):
         return here.round(x / (x.abs().mean(over, keepdim=True) + eps))
-    return here.round(x * torch.rsqrt(x.square().mean(over, keepdim=True) + eps))
+    size = x.square().mean(over, keepdim=True)
+    if count := here.argument(f"norm_partial/{stage}"):
+        size = x[..., : int(count)].square().sum(over, keepdim=True) / x.shape[-1]
+    if here.fault(f"norm_size_other/{stage}/first"):
+        size = size[:1]
+    if here.fault(f"norm_size_other/{stage}/all"):
+        size = x.square().mean((0, *over), keepdim=True)
+    if here.fault(f"norm_size_other/{stage}/head"):
+        size = size[:, :1]
+    unit = x * torch.rsqrt(size + eps)
+    if kind := here.argument(f"norm_rounded/{stage}"):
+        unit = unit.to(getattr(torch, kind)).float()
+    return here.round(unit)
 
 
 def _weighted(here: Place, stage: str, normed: Tensor, role: str) -> Tensor:

@@ -93,6 +93,7 @@ class Place:
         key = (last if self.layer is None else self.layer, name)
         if name == "hidden":
             key = (last, "post_ffn_residual") if last >= 0 else (0, "embedding")
+        key = (0, name) if name == "embedding" else key
         return torch.from_numpy(self.run.trace[key]).to(x.dtype).view_as(x)
 
     def round(self, x: Tensor) -> Tensor:

@@ -32,8 +32,10 @@ def rotate(here: Place, part: str, x: Tensor) -> Tensor:
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
     else:
         a, b = turned.chunk(2, dim=-1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    return torch.cat([turned, rest], dim=-1)
+        first = a * cos - b * sin
+        turned = torch.cat([first, b * cos + (first if here.fault("rope_in_place") else a) * sin], dim=-1)
+    turned = torch.cat([turned, rest], dim=-1)
+    return torch.cat([turned[:, :1], x[:, 1:]], dim=1) if here.fault("rope_first_head") else turned
 
 
 def _tables(here: Place, count: int) -> tuple[Tensor, Tensor]:
