@@ -1,7 +1,7 @@
 """Rounding points in half precision, on whatever machine: those right before a sum must not be left to a compiler.
 
-On a processor or a card with float16 arithmetic a product that is converted to float16, then added, becomes one fused
-multiply-add, which rounds once; a machine without it shows nothing of that, so the program is read instead.
+On a processor with float16 arithmetic a product that is converted to it, then added, became one fused multiply-add,
+which rounds once; a machine without it shows nothing of that, so the program is read instead.
 """
 
 from __future__ import annotations
