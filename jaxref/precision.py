@@ -50,22 +50,23 @@ class Numerics:
     def round(self, x: Array) -> Array:
         """A rounding point: the value as it would be stored in `compute`.
 
-        The barrier keeps XLA from dropping a narrowing that is followed by a widening (`xla_allow_excess_precision`).
+        From float64 most processors come to half precision by way of float32, which rounds twice. The barrier keeps XLA
+        from dropping a narrowing that is followed by a widening (`xla_allow_excess_precision`).
         """
-        y = x.astype(self.compute)
+        y = (self.rounded(x) if x.dtype == np.float64 else x).astype(self.compute)
         return y if self.compute == self.wide else lax.optimization_barrier(y)
 
     def rounded(self, x: Array) -> Array:
-        """A rounding point right before a sum: the values of `x` as they would be stored, in `wide` as they are.
+        """A rounding point right before a sum: the values of `x` as they would be stored, in the dtype that they have.
 
-        `widen(round(x))` means the same, but on a machine with half-precision arithmetic a compiler makes one step of a
-        product and the sum after it, which rounds once.
+        Of `wide` values `widen(round(x))` means the same, but on a machine with half-precision arithmetic a compiler
+        makes one step of a product and the sum after it, which rounds once.
         """
         if self.compute == self.wide:
             return x
-        kept, wide = jnp.finfo(self.compute), jnp.finfo(self.wide)
+        kept = jnp.finfo(self.compute)
         found = lax.reduce_precision(x, kept.nexp, kept.nmant)
-        if kept.nexp == wide.nexp:
+        if kept.nexp == jnp.finfo(x.dtype).nexp:
             return found
         step = float(kept.smallest_subnormal)  # below the normal numbers, of which alone that operation knows
         return jnp.where(jnp.abs(x) < float(kept.smallest_normal), jnp.round(x / step) * step, found)

@@ -6,7 +6,12 @@ which rounds once; a machine without it shows nothing of that, so the program is
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +25,8 @@ from jaxref import attention
 from jaxref.experts import _accumulate
 from jaxref.feedforward import moe_ffn_out
 from jaxref.precision import Numerics, numerics_of
+from tests.test_cli import ROOT
+from tests.trees import tree_bytes
 from weights import config_from_dict, random_params
 from weights.tiny import tiny_config
 
@@ -113,3 +120,29 @@ def test_rounding_by_bits_is_the_conversion(dtype: str) -> None:
     nan = np.isnan(expected)
     assert np.array_equal(nan, np.isnan(found))
     assert np.array_equal(expected[~nan].view(np.uint32), found[~nan].view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_sums_in_float64_are_rounded_once(dtype: str) -> None:
+    """Beside the middle of two numbers by less than float32 can tell."""
+    numerics, info = numerics_of(dtype), jnp.finfo(dtype)
+    unit, steps = float(info.eps), np.arange(64)
+    for scale in (1.0, 2.0**-10, 2.0**10):
+        below, above = scale * (1 + steps * unit), scale * (1 + (steps + 1) * unit)
+        middle = (below + above) / 2
+        with numerics.context():
+            near = (np.asarray(jax.jit(numerics.round)(middle * (1 + sign * 2.0**-40))) for sign in (-1, 1))
+            for found, expected in zip(near, (below, above), strict=True):
+                assert np.array_equal(found.astype(np.float64), expected)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="XLA's names are those of x86 processors")
+@pytest.mark.parametrize("dtype", HALF)
+def test_processors_give_the_same_bytes(tmp_path: Path, dtype: str) -> None:
+    """With the instructions of this one, and with those of ten years ago."""
+    words = [sys.executable, "-m", "jaxref", "dump", "tiny", "--dtype", dtype, "--quiet", "--output"]
+    for name, flags in (("own", ""), ("old", "--xla_cpu_max_isa=AVX2")):
+        environment = os.environ | {"XLA_FLAGS": flags}
+        subprocess.run([*words, tmp_path / name], env=environment, cwd=ROOT, check=True)
+    own, old = tree_bytes(tmp_path / "own"), tree_bytes(tmp_path / "old")
+    assert len(own) > 60 and own == old
