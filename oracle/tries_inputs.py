@@ -11,6 +11,7 @@ from oracle.bench import Bench
 from oracle.case import INDICES, WHOLE
 from oracle.engine_tree import Value
 from oracle.tries import Try
+from oracle.tries_rows import SUMS
 
 # What other rows of the table say by a name of their own.
 _NAMED = {
@@ -23,7 +24,6 @@ _NAMED = {
 # These read nothing of their own layer: what the layer before wrote could be in its place.
 _FIRST = ("attn_norm", "final_norm", "lm_head")
 _LATE = ("attn_out", "post_attn_residual", "ffn_norm", "ffn_out", "moe_ffn_out", "post_ffn_residual")
-_SUMS = ("post_attn_residual", "post_ffn_residual")
 _PACKED = ("qkv_matmul", "qkv_bias")
 # Rows of the embedding that are compared at once.
 _ROWS = 8192
@@ -85,7 +85,7 @@ def _before(bench: Bench) -> Iterator[tuple[str, Key]]:
     last = (config.num_hidden_layers if layer is None else layer) - 1
     hidden = (last, "post_ffn_residual") if last >= 0 else (0, "embedding")
     yield HIDDEN, hidden
-    if last >= 0 and bench.stage in _SUMS:
+    if last >= 0 and bench.stage in SUMS:
         yield "embedding", (0, "embedding")
     if bench.stage in _FIRST and last >= 0:
         yield from (

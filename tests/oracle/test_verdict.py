@@ -31,6 +31,15 @@ def test_the_ratio_has_a_floor() -> None:
     assert fails(figures(2.1 * 2**-10), figures(0.0))
 
 
+def test_in_float32_the_floor_is_that_of_another_order_of_sums() -> None:
+    """PyTorch's own sums on a processor with AVX-512, beside those of XLA; in half precision they count for nothing."""
+    narrow, wide = (Rules("float32", "float32", width=width) for width in (1, 112))
+    assert fails(figures(6.8e-7), figures(3.3e-7), narrow) and not fails(figures(6.8e-7), figures(3.3e-7), wide)
+    assert wide.floor == pytest.approx(112**0.5 * 2**-24) and fails(figures(2.1 * wide.floor), figures(0.0), wide)
+    for dtype in ("float16", "bfloat16", "float64"):
+        assert Rules(dtype, dtype, width=112).floor == Rules(dtype, dtype).floor
+
+
 def test_twice_the_yardstick_is_the_limit() -> None:
     assert not fails(figures(0.0199), figures(0.01))
     assert fails(figures(0.0201), figures(0.01))
