@@ -18,11 +18,16 @@ from jaxref.stages import STAGES, keys_of
 from oracle.explain import Cause, Explained, explain
 from tests.conftest import prompt
 from tests.oracle.standin import FAULTS, Planted, run, struck_stages, write
+from tests.oracle.standin.place import Trace
 from weights import Checkpoint, Config, open_checkpoint
 from weights.tiny import tiny_config, write_random
 
 COUNT = 23
-LAYER = 2
+LAYER = 2  # has one before it and one after it, and experts in a model of experts
+# Layers that are alike in each model and have one before them; in one run each has a fault of its own.
+LAYERS = {"qwen2": (1, 2, 3), "qwen3": (1, 2, 3), "qwen3_moe": (2, 3)}
+
+Group = dict[Planted, int | None]  # what is planted in one run, and where: in a layer, or wherever it can be
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Outcome:
     fault: str
     arch: str
     dtype: str
-    layer: int | None
+    layer: int | None  # None: all layers, or the whole model
     struck: set[str]
     found: set[str]
     causes: list[Cause]
@@ -60,6 +65,11 @@ def _names(cause: Cause) -> set[str | None]:
     return {cause.explanation.hypothesis, *cause.explanation.same} if cause.explanation else {None}
 
 
+def _model(planted: Planted) -> str:
+    """What is another model's."""
+    return f"{sorted(planted.config.items(), key=str)} {planted.weights}"
+
+
 class Models:
     """Tiny checkpoints by architecture, changes and weights, made at first use."""
 
@@ -69,7 +79,7 @@ class Models:
 
     def get(self, arch: str, planted: Planted) -> tuple[dict[str, Any], dict[str, np.ndarray], Checkpoint]:
         """config.json, tensors and the checkpoint."""
-        key = f"{arch} {sorted(planted.config.items(), key=str)} {planted.weights}"
+        key = f"{arch} {_model(planted)}"
         if key not in self._made:
             folder = self.root / str(len(self._made))
             raw = tiny_config(arch, None, 4, **planted.config)
@@ -86,30 +96,73 @@ def sweep(
     root: Path,
     arch: str,
     dtype: str,
-    layer: int | None,
+    layers: tuple[int, ...] | None,
     names: list[str] | None = None,
     lost: tuple[str, ...] = (),
 ) -> Iterator[Outcome]:
-    """All faults that this architecture can have, in one layer or (None) in all, in trees without the `lost` stages."""
-    models, tokens = Models(root), prompt(COUNT, 272)
-    for planted in FAULTS.values():
-        if arch not in planted.archs or dtype not in planted.dtypes or (names and planted.name not in names):
+    """All faults that this architecture can have, in trees without the `lost` stages.
+
+    One run has as many as there are `layers`, each in one of them, beside one of the whole model; None: one, in all.
+    What a fault strikes must show in its own layer, so that of several `layers` none may lose `post_ffn_residual`.
+    """
+    models = Models(root)
+    asked = [p for p in FAULTS.values() if arch in p.archs and dtype in p.dtypes and (not names or p.name in names)]
+    for group in _groups(asked, layers):
+        yield from _outcomes(models, arch, dtype, group, lost)
+
+
+def _groups(asked: list[Planted], layers: tuple[int, ...] | None) -> Iterator[Group]:
+    by_model: dict[str, list[Planted]] = {}
+    for planted in asked:
+        by_model.setdefault(_model(planted), []).append(planted)
+    for faults in by_model.values():
+        if layers is None:
+            yield from ({planted: None} for planted in faults)
             continue
-        raw, weights, checkpoint = models.get(arch, planted)
-        where = {layer} if planted.per_layer and layer is not None else None
-        trace = run(raw, weights, tokens, dtype, {planted.name: where})
-        with TemporaryDirectory(dir=root) as folder:
-            write(Path(folder), {key: value for key, value in trace.items() if key[1] not in lost})
-            told: Explained = explain(checkpoint, folder, tokens, numerics=SHORT[dtype])
-        if where is None and planted.per_layer:
-            counts = Counter(stage for _, stage in trace if stage in planted.stages)
-            # One layer alone has no neighbour.
-            struck = {stage for stage, count in counts.items() if count > 1 or planted.cause != "weight_neighbour"}
-        else:
-            struck = {stage for _, stage in struck_stages(planted, trace, layer if planted.per_layer else None)}
-        found = {fault.stage for fault in told.found.faults}
-        shown = _shown(struck, set(lost), checkpoint.config)
-        yield Outcome(planted.name, arch, dtype, layer, shown, found, told.causes, planted, lost)
+        inner, whole = ([p for p in faults if p.per_layer is each] for each in (True, False))
+        runs = max(-(-len(inner) // len(layers)), len(whole))
+        # Neighbours in the catalogue strike the same stage, and go into different runs.
+        for i in range(runs):
+            yield dict(zip(inner[i::runs], layers, strict=False)) | dict.fromkeys(whole[i : i + 1])
+
+
+def _outcomes(models: Models, arch: str, dtype: str, group: Group, lost: tuple[str, ...]) -> Iterator[Outcome]:
+    raw, weights, checkpoint = models.get(arch, next(iter(group)))
+    tokens = prompt(COUNT, 272)
+    faults = {planted.name: None if layer is None else {layer} for planted, layer in group.items()}
+    trace = run(raw, weights, tokens, dtype, faults)
+    if len(group) > 1 and not all(np.isfinite(values).all() for values in trace.values()):
+        for planted, layer in group.items():  # nothing after NaN tells of another fault
+            yield from _outcomes(models, arch, dtype, {planted: layer}, lost)
+        return
+    with TemporaryDirectory(dir=models.root) as folder:
+        write(Path(folder), {key: value for key, value in trace.items() if key[1] not in lost})
+        told: Explained = explain(checkpoint, folder, tokens, numerics=SHORT[dtype])
+    places = {planted: _places(planted, layer, trace) for planted, layer in group.items()}
+    # What is found where nothing was planted is held against them all.
+    alien = {key[0] for key in trace} - set().union(*places.values())
+    for planted, layer in group.items():
+        own = places[planted] | alien
+        found = {row.key[1] for row in told.found.locals if row.faulty and row.key[0] in own}
+        causes = [cause for cause in told.causes if own & set(cause.layers)]
+        shown = _shown(_struck(planted, layer, trace), set(lost), checkpoint.config)
+        yield Outcome(planted.name, arch, dtype, layer, shown, found, causes, planted, lost)
+
+
+def _places(planted: Planted, layer: int | None, trace: Trace) -> set[int | None]:
+    """The layers in which a fault may show; None: the whole model's stages."""
+    if not planted.per_layer:
+        return {0, None}
+    return {layer} if layer is not None else {key[0] for key in trace}
+
+
+def _struck(planted: Planted, layer: int | None, trace: Trace) -> set[str]:
+    """The stages that a fault strikes."""
+    if layer is not None or not planted.per_layer:
+        return {stage for _, stage in struck_stages(planted, trace, layer)}
+    counts = Counter(stage for _, stage in trace if stage in planted.stages)
+    # One layer alone has no neighbour.
+    return {stage for stage, count in counts.items() if count > 1 or planted.cause != "weight_neighbour"}
 
 
 def _shown(struck: set[str], lost: set[str], config: Config) -> set[str]:
@@ -150,14 +203,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Plant faults in a stand-in engine and see what explain says of them.")
     parser.add_argument("arch", nargs="?", default="qwen2", choices=["qwen2", "qwen3", "qwen3_moe"])
     parser.add_argument("dtype", nargs="?", default="float32", choices=SHORT)
-    parser.add_argument("layer", nargs="?", default=str(LAYER), help="a layer's number, or all")
+    parser.add_argument("layer", nargs="?", default="each", help="a number, all, or each: several faults in one run")
     parser.add_argument("fault", nargs="*", help="names of faults; all of them by default")
     parser.add_argument("--without", default="", help="stages that the trees lack, by commas: attn_scores,attn_softmax")
     asked = parser.parse_args()
-    layer = None if asked.layer == "all" else int(asked.layer)
+    layers = None if asked.layer == "all" else LAYERS[asked.arch] if asked.layer == "each" else (int(asked.layer),)
     with TemporaryDirectory() as root:
         lost = tuple(filter(None, asked.without.split(",")))
-        print(table(list(sweep(Path(root), asked.arch, asked.dtype, layer, asked.fault or None, lost))))
+        print(table(list(sweep(Path(root), asked.arch, asked.dtype, layers, asked.fault or None, lost))))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from oracle.replay import Replay
 from oracle.told import sentence
 from tests.conftest import prompt
 from tests.oracle.standin import FAULTS, Planted, run, struck_stages, write
-from tests.oracle.sweep import LAYER, Models, Outcome, sweep, table
+from tests.oracle.sweep import LAYER, LAYERS, Models, Outcome, sweep, table
 from tests.trees import distance, write_tree
 from weights import EMBEDDED, UserError, open_checkpoint
 
@@ -45,16 +45,15 @@ def told(models: Models, folder: Path, arch: str, faults: dict, dtype: str = "fl
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype", "layer"),
+    ("arch", "dtype", "layers"),
     [
-        *((arch, "float32", LAYER) for arch in ARCHS),
-        *((arch, "float16", LAYER) for arch in ARCHS),
+        *((arch, dtype, LAYERS[arch]) for arch in ARCHS for dtype in ("float32", "float16")),
         ("qwen2", "float32", None),
         ("qwen3_moe", "float16", None),
     ],
 )
-def test_every_fault_of_the_catalogue(tmp_path: Path, arch: str, dtype: str, layer: int | None) -> None:
-    outcomes: list[Outcome] = list(sweep(tmp_path, arch, dtype, layer))
+def test_every_fault_of_the_catalogue(tmp_path: Path, arch: str, dtype: str, layers: tuple[int, ...] | None) -> None:
+    outcomes: list[Outcome] = list(sweep(tmp_path, arch, dtype, layers))
     print(table(outcomes))
     assert len(outcomes) > 130
     assert all(o.stage_right for o in outcomes), table(outcomes)

@@ -11,7 +11,7 @@ from tests.oracle.standin.place import Trace
 EVERY = ("qwen2", "qwen3", "qwen3_moe")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planted:
     """One fault. Its name is `cause`, `cause/variant`, or `cause/where/parameter`.
 
