@@ -17,6 +17,7 @@ from oracle import tries_fused as fused
 from oracle import tries_inputs as inputs
 from oracle import tries_masks as masks
 from oracle import tries_norms as norms
+from oracle import tries_packed as packed
 from oracle import tries_rounded as bits
 from oracle import tries_rows as rows
 from oracle import tries_sums as sums
@@ -101,6 +102,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("bias_neighbour", ("qkv_bias",), biases.neighbour),
     Hypothesis("weight_transposed", (*MATRICES, "lm_head"), tries.transposed),
     Hypothesis("weight_permuted", ("qkv_matmul",), tries.permuted),
+    Hypothesis("weight_nibbles", ("embedding", *MATRICES, "lm_head"), packed.nibbles),
     Hypothesis("weight_neighbour", MATRICES, tries.neighbour),
     Hypothesis("weight_dtype", MATRICES, tries.bits),
     Hypothesis("partial_sum", MATRICES, sums.partial_sum),
@@ -110,6 +112,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         "rope_interleaved", ROPE, switch("neighbours are rotated, not dimension i with i + h/2", interleaved=True)
     ),
     Hypothesis("rope_theta", ROPE, attention.theta),
+    Hypothesis("rope_half_positions", ROPE, attention.half_positions),
     Hypothesis("rope_positions", ROPE, attention.positions),
     Hypothesis("rope_doubled", ROPE, attention.doubled),
     Hypothesis("rope_reversed", ROPE, switch("it is rotated the other way round", sign=-1)),
@@ -119,8 +122,10 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("yarn_missing", ROPE, attention.yarn(doubled=False)),
     Hypothesis("yarn_doubled", ROPE, attention.yarn(doubled=True)),
     Hypothesis("yarn_other", ROPE, attention.yarn_other),
+    Hypothesis("rope_llama3", ROPE, attention.llama3),
     Hypothesis("rope_half_tables", ROPE, each("cos and sin are rounded to {}", "tables", *bits.HALF)),
     Hypothesis("rope_half_frequencies", ROPE, each("frequencies are rounded to {}", "kept", *bits.HALF)),
+    Hypothesis("rope_half_angles", ROPE, attention.half_angles),
     Hypothesis("rope_exchanged", ROPE, switch("cos and sin are exchanged", exchanged=True)),
     Hypothesis("rope_in_place", ROPE, switch("the second of a pair is made of the first one turned", in_place=True)),
     Hypothesis("rope_first_head", ROPE, switch("only the first head is rotated", first=1)),

@@ -12,6 +12,7 @@ from oracle import fits
 from oracle.bench import Bench
 from oracle.deviations import visible
 from oracle.tries import Tries, Try, each
+from oracle.tries_rounded import HALF
 from weights.config import RopeScaling
 
 OFFSETS = (1, -1, 2, -2, 3, -3, 4, -4)
@@ -68,6 +69,37 @@ def yarn_other(bench: Bench) -> Iterator[Try]:
             says = "has none" if stated is None else f"says {stated.factor:g}"
             words = f"YaRN by {factor:g} from a length of {length} (the config {says})"
             yield Try(factor, {"scaling": scaling}, words, together=(factor, length))
+
+
+def llama3(bench: Bench) -> Iterator[Try]:
+    """The frequencies of Llama 3.1 and 3.2: slow pairs are divided by 8 or 32, fast ones stay, the rest lies between.
+
+    Formula and numbers: `rope_scaling` of type "llama3" in Meta's config.json, as transformers computes it.
+    """
+    plain = fits.frequencies(bench, None)
+    turns = 8192 * plain / (2 * math.pi)  # over the length that Llama 3 was trained on
+    kept = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    for factor, model in ((8.0, "3.1"), (32.0, "3.2")):
+        frequencies = plain * kept + plain / factor * (1.0 - kept)
+        words = f"frequencies are stretched by {factor:g} as Llama {model}'s are"
+        yield Try(factor, {"frequencies": frequencies}, words)
+
+
+def half_positions(bench: Bench) -> Iterator[Try]:
+    """Positions in half precision: above 256 bfloat16 has not all of them, above 2048 float16."""
+    positions = np.asarray(bench.case.positions, np.float64)
+    for name, dtype in HALF.items():
+        offset = positions.astype(dtype).astype(np.float64) - positions
+        if offset.any():
+            yield Try(name, {"offset": offset}, f"positions are rounded to {name}")
+
+
+def half_angles(bench: Bench) -> Iterator[Try]:
+    """Position times frequency in half precision, as autocast makes it of a product, alone or with the frequencies."""
+    for name, dtype in HALF.items():
+        yield Try(name, {"angles": dtype}, f"angles are rounded to {name}")
+        both = {"angles": dtype, "kept": dtype}
+        yield Try(f"{name} both", both, f"angles and frequencies are rounded to {name}")
 
 
 def before_norm(bench: Bench) -> Iterator[Try]:

@@ -20,7 +20,7 @@ def capped(x: Array, s: Switches) -> Array:
 def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """RoPE: `interleaved`, `theta`, `offset`, `sign`, `stretch`, `partial`, `scaling`, `magnitude`, `tables`, `skip`.
 
-    `exchanged`: cos and sin; `by_head`: heads are taken for positions; `kept`: the dtype of frequencies; `times`.
+    `exchanged`: cos and sin; `by_head`: heads are taken for positions; `times`; `kept`, `angles`: the dtype of these.
     `in_place`: the second of a pair is made of the first one turned; `first`: so many heads are turned.
     `raw` are rows to rotate instead; `after` is applied to what was rotated [S, heads, h]; `offset` may be one a row.
     """
@@ -37,6 +37,8 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     if s.get("by_head"):
         positions = np.arange(heads)[None, :, None]
     angles = s.get("sign", 1) * positions * frequencies / s.get("stretch", 1.0)
+    if rounded := s.get("angles"):
+        angles = angles.astype(rounded).astype(np.float64)
     magnitude = s.get("magnitude", 1.0 if s["scaling"] is None else s["scaling"].attention_factor)
     cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
     if s.get("exchanged"):

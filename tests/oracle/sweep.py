@@ -102,7 +102,7 @@ def sweep(
 ) -> Iterator[Outcome]:
     """All faults that this architecture can have, in trees without the `lost` stages.
 
-    One run has as many as there are `layers`, each in one of them, beside one of the whole model; None: one, in all.
+    One run has as many as there are `layers`, each in one of them, or one of the whole model; None: one, in all layers.
     What a fault strikes must show in its own layer, so that of several `layers` none may lose `post_ffn_residual`.
     """
     models = Models(root)
@@ -116,14 +116,12 @@ def _groups(asked: list[Planted], layers: tuple[int, ...] | None) -> Iterator[Gr
     for planted in asked:
         by_model.setdefault(_model(planted), []).append(planted)
     for faults in by_model.values():
-        if layers is None:
-            yield from ({planted: None} for planted in faults)
-            continue
-        inner, whole = ([p for p in faults if p.per_layer is each] for each in (True, False))
-        runs = max(-(-len(inner) // len(layers)), len(whole))
-        # Neighbours in the catalogue strike the same stage, and go into different runs.
-        for i in range(runs):
-            yield dict(zip(inner[i::runs], layers, strict=False)) | dict.fromkeys(whole[i : i + 1])
+        inner = [planted for planted in faults if planted.per_layer and layers is not None]
+        yield from ({planted: None} for planted in faults if planted not in inner)
+        if layers is not None:
+            runs = -(-len(inner) // len(layers))
+            # Neighbours in the catalogue strike the same stage, and go into different runs.
+            yield from (dict(zip(inner[i::runs], layers, strict=False)) for i in range(runs))
 
 
 def _outcomes(models: Models, arch: str, dtype: str, group: Group, lost: tuple[str, ...]) -> Iterator[Outcome]:

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def unpacked(values: np.ndarray, how: str) -> np.ndarray:
+    """Rows [..., n] of weights that share bytes two by two, `ORDER of BLOCK`, as a wrong unpacking gives them back."""
+    order, _, size = how.partition(" of ")
+    half = int(size) // 2
+    found = np.empty_like(values)
+    for start in range(0, values.shape[-1], 2 * half):
+        for byte in range(half):
+            first, second = start + byte, start + half + byte
+            pair = start + 2 * byte, start + 2 * byte + 1
+            # Packed as (low, high), and where each of them lands.
+            low, high = pair if order == "halves" else (first, second)
+            to = {"turns": pair, "halves": (first, second), "exchanged": (second, first)}[order]
+            found[..., to[0]], found[..., to[1]] = values[..., low], values[..., high]
+    return found
 
 
 def kept(x: Tensor, kind: str) -> Tensor:

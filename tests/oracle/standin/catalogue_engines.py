@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.oracle.standin.planted import Planted, row
 
 NORMED, DENSE, MOE = ("qwen3", "qwen3_moe"), ("qwen2", "qwen3"), ("qwen3_moe",)
@@ -9,6 +11,7 @@ ROPE = "q_post_rope k_post_rope"
 ACT, PRODUCT = "ffn_silu moe_expert_swigl", "ffn_swigl moe_expert_swigl"
 F32, NOT_BF16 = ("float32",), ("float32", "float16")  # bfloat16 rounds as coarsely as int8 does
 K3 = {"config": {"num_key_value_heads": 3}}
+D64: dict[str, Any] = {"config": {"hidden_size": 64}}
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
 
@@ -39,6 +42,8 @@ CACHE = [
     row("attention_head_order/other", "attention", "other"),
     row("attention_unmerged/h-major", "attention", "h-major"),
     row("yarn_other/4", ROPE, 4.0),
+    row("rope_llama3/8", ROPE, 8.0, dtypes=NOT_BF16),  # too little for bfloat16 at 23 tokens
+    row("rope_llama3/32", ROPE, 32.0, dtypes=NOT_BF16),
     row("yarn_other/8", ROPE, 8.0, config={"rope_parameters": YARN}),
     row("expert_input_weighted", "moe_expert_gate moe_expert_up", archs=MOE),
 ]
@@ -63,6 +68,12 @@ MATRICES = [
     row("gate_up_interleaved/halves", "ffn_gate ffn_up", "halves", archs=DENSE),
     row("weight_transposed/down_proj/columns", "ffn_out moe_expert_out", "down_proj"),
     row("weight_transposed/o_proj/columns", "attn_out", "o_proj"),
+    row("weight_nibbles/qkv/turns of 64", "qkv_matmul", "turns of 64", **D64),
+    row("weight_nibbles/v_proj/exchanged of 32", "qkv_matmul", "exchanged of 32 of v_proj", **D64),
+    row("weight_nibbles/o_proj/halves of 32", "attn_out", "halves of 32"),
+    row("weight_nibbles/gate_proj/turns of 32", "ffn_gate moe_expert_gate", "turns of 32", **D64),
+    row("weight_nibbles/embed_tokens/turns of 32", "embedding", "turns of 32", per_layer=False, **D64),
+    row("weight_nibbles/lm_head/exchanged of 64", "lm_head", "exchanged of 64", per_layer=False, **D64),
     row("input_rounded/o_proj/bfloat16", "attn_out", "bfloat16", dtypes=F32),
     row("input_rounded/down_proj/float16", "ffn_out moe_expert_out", "float16", dtypes=F32),
     row("kv_cache_rounded/v/float8_e4m3fn", "attention", "float8_e4m3fn"),
@@ -75,6 +86,8 @@ ATTENTION = [
     row("rope_scaled/1.25", ROPE, 1.25),
     row("rope_half_tables/bfloat16", ROPE, "bfloat16", dtypes=F32),
     row("rope_half_frequencies/bfloat16", ROPE, "bfloat16", dtypes=F32),
+    row("rope_half_angles/float16", ROPE, "float16", dtypes=F32),
+    row("rope_half_angles/bfloat16 both", ROPE, "bfloat16 both", dtypes=F32),
     row("kv_heads_other", "attn_scores", **K3),
     row("v_heads_other", "attention", **K3),
     row("softmax_plus_one", "attn_softmax", "zero"),

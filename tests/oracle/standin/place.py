@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.oracle.standin.bits import kept
+from tests.oracle.standin.bits import kept, unpacked
 from tests.oracle.standin.spoil import spoil
 
 Trace = dict[tuple[int | None, str], np.ndarray]
@@ -139,6 +139,11 @@ class Place:
             values = values.reshape(values.shape[::-1]).T
         if self.fault(f"weight_transposed/{short}/columns"):
             values = values.T.reshape(values.shape)
+        packed = self.argument(f"weight_nibbles/{short}")
+        if short in ("q_proj", "k_proj", "v_proj"):
+            packed = packed or self.argument("weight_nibbles/qkv")
+        if packed:
+            values = unpacked(values, packed)
         if self.fault(f"weight_permuted/{short}/halves"):
             halves = values.reshape(-1, 2, self.head_dim // 2, values.shape[-1])
             values = halves.swapaxes(1, 2).reshape(values.shape)

@@ -47,7 +47,13 @@ def _tables(here: Place, count: int) -> tuple[Tensor, Tensor]:
     positions = 2 * positions if here.fault("rope_doubled") else positions
     if kept := here.argument("rope_half_frequencies"):
         frequencies = frequencies.to(getattr(torch, kept)).float()
+    if kept := here.argument("rope_half_positions"):
+        positions = positions.to(getattr(torch, kept))
     angles = positions[:, None, None].float() * frequencies
+    if kept := here.argument("rope_half_angles"):
+        kind = getattr(torch, kept.removesuffix(" both"))
+        given = frequencies.to(kind).float() if kept.endswith(" both") else frequencies
+        angles = (positions[:, None, None].float() * given).to(kind).float()
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     if here.fault("rope_half_tables"):
         cos, sin = cos.half().float(), sin.half().float()
@@ -68,6 +74,8 @@ def _frequencies(here: Place) -> tuple[Tensor, float]:
         plain = plain / float(stated["factor"])
     if factor := here.argument("rope_linear"):
         plain = plain / float(factor)
+    if factor := here.argument("rope_llama3"):
+        plain = _llama3(plain, float(factor))
     if factor := here.argument("yarn_other"):
         kind, stated = "yarn", {"original_max_position_embeddings": 32768} | stated | {"factor": factor}
     if kind != "yarn" or here.fault("yarn_missing"):
@@ -78,6 +86,20 @@ def _frequencies(here: Place) -> tuple[Tensor, float]:
     if here.fault("yarn_doubled", "yarn_doubled/attention_factor"):
         magnitude *= magnitude
     return scaled, magnitude
+
+
+def _llama3(plain: Tensor, factor: float) -> Tensor:
+    """Llama 3.1's: wavelengths above 8192 tokens are stretched, those below 2048 are not."""
+    found = []
+    for frequency in plain.tolist():
+        wavelength = 2 * math.pi / frequency
+        if wavelength > 8192:
+            frequency /= factor
+        elif wavelength > 2048:
+            smooth = (8192 / wavelength - 1) / 3
+            frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        found.append(frequency)
+    return torch.tensor(found)
 
 
 def _yarn(plain: Tensor, theta: float, stated: Mapping[str, Any], trained: int) -> tuple[Tensor, float]:

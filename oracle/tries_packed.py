@@ -1,0 +1,56 @@
+"""Hypotheses about packed weights that an engine unpacks in another order than they were packed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from oracle.bench import Bench, Get
+from oracle.tries import Try
+
+# Inputs whose numbers share bytes: 32 in Q4_0 and Q5_0, 64 in Q4_K. The first half is in the low bits.
+BLOCKS = (32, 64)
+ORDERS = {
+    "turns": "low and high bits are read in turns, not the low ones of a block first",
+    "halves": "the low bits of a block are read first, where low and high ones come in turns",
+    "exchanged": "high bits are read for low ones",
+}
+
+
+def nibbles(bench: Bench) -> Iterator[Try]:
+    """The halves of each block of inputs in another order, in all matrices of the stage or in some."""
+    width = bench.run({}).shape[-1] if bench.stage == "embedding" else bench.x[0].shape[-1]
+    for block in (block for block in BLOCKS if width % block == 0):
+        for order, said in ORDERS.items():
+            words = f"blocks of {block} weights are unpacked wrongly: {said}"
+            if bench.stage == "embedding":
+                yield Try(f"{order} of {block}", {"rows": reordered(bench.run({}), block, order)}, words)
+                continue
+            for fields in _fields(bench):
+                which = "" if fields == bench.row.params else f" of {', '.join(fields)}"
+                picks = {field: partial(_unpacked, block, order) for field in fields}
+                yield Try(f"{order} of {block}{which}", {"w": picks}, f"{words}{which}", together=(block, order))
+
+
+def _fields(bench: Bench) -> tuple[tuple[str, ...], ...]:
+    """All of the stage's; those of q and k or of v alone where one file holds them in different types, as Q4_K_M."""
+    fields = bench.row.params
+    return (fields, fields[:2], fields[2:]) if len(fields) > 1 else (fields,)
+
+
+def _unpacked(block: int, order: str, get: Get) -> np.ndarray:
+    return reordered(get(), block, order)
+
+
+def reordered(matrix: np.ndarray, block: int, order: str) -> np.ndarray:
+    """The columns of a matrix [·, I], I a multiple of `block`, as an engine has them that unpacks in this order."""
+    halves = matrix.reshape(-1, 2, block // 2)
+    if order == "turns":
+        halves = halves.swapaxes(1, 2)
+    elif order == "halves":
+        halves = matrix.reshape(-1, block // 2, 2).swapaxes(1, 2)
+    else:
+        halves = halves[:, ::-1]
+    return halves.reshape(matrix.shape)
