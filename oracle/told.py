@@ -208,17 +208,21 @@ def sentence(told: Explained) -> str:
             f"clean: {each} of {tree} is what its own inputs give, within"
             f" {MARGIN:g} times the rounding of {found.numerics} ({what})."
         )
-    faults = "; ".join(_fault_in_words(fault, told) for fault in found.faults)
+    first: dict[str, str] = {}  # by what is said of a cause, the stage of which it is said
+    faults = "; ".join(_fault_in_words(fault, told, first) for fault in found.faults)
     dumps = all(found.misread(row) for row in found.locals if row.faulty)
     kind = "holds dumps that are not what was computed with" if dumps else "computes wrongly from its own inputs"
     return f"faulty: {tree} {kind}: {faults} ({what})."
 
 
-def _fault_in_words(fault: Fault, told: Explained) -> str:
+def _fault_in_words(fault: Fault, told: Explained, first: dict[str, str]) -> str:
+    """The stage, its error, and the cause, or the stage that has the same one; kept in `first`."""
     worst = fault.worst
     cause = next((c.explanation.text for c in told.causes if c.stage == fault.stage and c.explanation), None)
     misread = told.found.misread(worst)
     cause = misread.words if misread and cause is None else cause
+    if cause and first.setdefault(cause, fault.stage) != fault.stage:
+        cause = f"as {first[cause]}"
     size = f", {worst.local:.2g} where rounding makes {worst.floor:.1g}" if worst.wrong is None else ""
     size = f", {worst.not_finite}" if worst.bad else size
     return f"{_named(fault)}{size}{f' ({cause})' if cause else ''}"
