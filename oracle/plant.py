@@ -22,8 +22,8 @@ from oracle.replay import EXACT, Replay
 from oracle.tries import Try
 from weights import Checkpoint, UserError
 
-# A variant that changes a stage by less would be hard to tell from rounding.
-VISIBLE = 1e-2
+# A variant that changes a stage by less would be hard to tell from half precision's rounding, or from any.
+VISIBLE, FAINT = 1e-2, 1e-4
 FACTOR = 1.5
 
 
@@ -81,7 +81,7 @@ class _Engine:
         if not self.struck:
             raise UserError(
                 f"--fault {self.planted.name}: cannot be planted here: it makes no difference to this model and these"
-                " tokens, or a stage of another shape"
+                " tokens, too little for these numerics, or a stage of another shape"
             )
 
     def probe(self) -> None:
@@ -131,7 +131,10 @@ class _Engine:
         # Some variants have a factor that is fitted to what an engine shows.
         tries = list(self._tries(Bench(self.replay, case, FACTOR * right)))
         errors = [bench.error(tried.switches) for tried in tries]
-        visible = [place for place, error in enumerate(errors) if VISIBLE < error < float("inf")]
+        finite = {place: error for place, error in enumerate(errors) if error < float("inf")}
+        visible = [place for place, error in finite.items() if error > VISIBLE]
+        if not visible and self.replay.emulated.compute.itemsize >= 4:
+            visible = [place for place, error in finite.items() if error > FAINT]
         if not visible:
             return right
         place = self._place.setdefault(case.stage, visible[0])

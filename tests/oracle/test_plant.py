@@ -26,6 +26,7 @@ PLANTED = [
     ("qwen3", "final_norm_missing", "all", "float32"),
     ("qwen3", "gate_up_swapped", "1", "bfloat16"),
     ("qwen2", "rope_linear", "1", "float32"),
+    ("qwen3", "rope_llama3", "0..2", "float32"),  # a thousandth, which half precision hides
     ("qwen3_moe", "experts_off_by_one", "2", "float32"),
     ("qwen3_moe", "moe_weights_twice", "all", "float16"),
 ]
