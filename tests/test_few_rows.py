@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 import jaxref
 from jaxref import few_rows, ops
 from jaxref.activations import Weight
 from jaxref.precision import Numerics, numerics_of
+from tests.gpu.cards import mesh_of
 from tests.trees import distance
 from weights import config_from_dict, random_params
 from weights.tiny import tiny_config
 
-CARD = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
+CARD = mesh_of("NVIDIA H100 80GB HBM3")
 
 
 def operands(rows: int, width: int, outputs: int, stored: str = "float32", sums: str = "float32"):

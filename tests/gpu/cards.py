@@ -6,6 +6,7 @@ compute capabilities in the CUDA programming guide.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 _ALL: dict[str, Any] = {
@@ -65,6 +66,14 @@ def target(card: str) -> str:
             "device_description_str": f"NVIDIA {card}",
         }
     )
+
+
+def mesh_of(kind: str) -> Any:
+    """What Pallas takes for the card that a program is for, where none is there."""
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    platform = {"platform": "gpu"} if "platform" in signature(AbstractDevice).parameters else {}  # not in JAX 0.8
+    return AbstractMesh((), (), abstract_device=AbstractDevice(kind, None, **platform))
 
 
 def _text(fields: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.cards import CARDS, target
+from tests.gpu.cards import CARDS, mesh_of, target
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BETWEEN = re.compile(r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
@@ -65,9 +65,9 @@ def _without_cards(card: str, folder: Path) -> list[Any]:
 
 def _known_to_pallas(card: str) -> AbstractContextManager[Any]:
     """Pallas asks for the kind of the card before XLA does."""
-    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+    from jax.sharding import use_abstract_mesh
 
-    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(f"NVIDIA {card}", None, "gpu")))
+    return use_abstract_mesh(mesh_of(f"NVIDIA {card}"))
 
 
 def _stages(card: Any) -> Iterator[dict[str, Any]]:
