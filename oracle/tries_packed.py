@@ -21,12 +21,13 @@ ORDERS = {
 
 def nibbles(bench: Bench) -> Iterator[Try]:
     """The halves of each block of inputs in another order, in all matrices of the stage or in some."""
-    width = bench.run({}).shape[-1] if bench.stage == "embedding" else bench.x[0].shape[-1]
+    rows = bench.run({}) if bench.stage == "embedding" else None
+    width = (bench.x[0] if rows is None else rows).shape[-1]
     for block in (block for block in BLOCKS if width % block == 0):
         for order, said in ORDERS.items():
             words = f"blocks of {block} weights are unpacked wrongly: {said}"
-            if bench.stage == "embedding":
-                yield Try(f"{order} of {block}", {"rows": reordered(bench.run({}), block, order)}, words)
+            if rows is not None:
+                yield Try(f"{order} of {block}", {"rows": reordered(rows, block, order)}, words)
                 continue
             for fields in _fields(bench):
                 which = "" if fields == bench.row.params else f" of {', '.join(fields)}"

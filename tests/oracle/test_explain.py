@@ -56,6 +56,7 @@ def test_every_fault_of_the_catalogue(tmp_path: Path, arch: str, dtype: str, lay
     outcomes: list[Outcome] = list(sweep(tmp_path, arch, dtype, layers))
     print(table(outcomes))
     assert len(outcomes) > 130
+    assert {o.fault for o in outcomes} == {p.name for p in FAULTS.values() if arch in p.archs and dtype in p.dtypes}
     assert all(o.stage_right for o in outcomes), table(outcomes)
     # In float16 one GELU is another inside an expert.
     least = len(outcomes) - (2 if (arch, dtype) == ("qwen3_moe", "float16") else 0)

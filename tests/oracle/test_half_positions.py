@@ -19,9 +19,7 @@ def test_positions_in_bfloat16_show_above_256(tmp_path: Path, count: int) -> Non
     raw, weights, checkpoint = Models(tmp_path / "models").get("qwen2", Planted("", ()))
     tokens = prompt(count, 272)
     trace = run(raw, weights, tokens, "float32", {"rope_half_positions/bfloat16": {1}})
-    write(
-        tmp_path / "tree", {key: values for key, values in trace.items() if key[1] not in ("attn_scores", "ffn_silu")}
-    )
+    write(tmp_path / "tree", trace)
     causes = explain(checkpoint, tmp_path / "tree", tokens).causes
     named = {c.stage: c.explanation and (c.explanation.hypothesis, c.explanation.parameter) for c in causes}
     assert named == (dict.fromkeys(ROPE, ("rope_half_positions", "bfloat16")) if count > 257 else {})
