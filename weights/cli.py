@@ -1,4 +1,4 @@
-"""How every command line of this project ends: 0, or one line on stderr and 2; 130 after Ctrl-C."""
+"""How every command line of this project ends: 0, or one line on stderr and 2; 130 after Ctrl-C, 141 in `| head`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import signal
 import sys
 from contextlib import suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
 from weights.errors import UserError
+
+# Of a reader that went away, as shells number SIGPIPE: what was still to be said may have been a failure.
+UNREAD = 141
 
 
 def run(command: click.Command) -> NoReturn:
@@ -33,12 +36,11 @@ def run(command: click.Command) -> NoReturn:
         sys.stdout.flush()
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; nothing half-written is left, the same command finishes it", 130)
-    except BrokenPipeError:
-        # The reader went away (`| head`): nothing is wrong, but Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(0)
+    except (BrokenPipeError, SystemExit):  # click and rich leave by themselves where a pipe is broken
+        _leave(UNREAD)
     except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
+        with suppress(OSError):
+            print(error.format_message(), file=sys.stderr, flush=True)
         _leave(2)
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
@@ -83,7 +85,17 @@ def _leave(code: int) -> NoReturn:
     gc.freeze()  # as the interpreter ends it would look through all that there is, for 0.1 s
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        _drop_unwritable(stream)
     sys.exit(code)
+
+
+def _drop_unwritable(stream: TextIO) -> None:
+    """What cannot be written (a full disk, a reader that went away) Python would try again at its end, and exit 120."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _describe(error: OSError) -> str:

@@ -19,11 +19,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A shell's line; `DUMP` in it is a dump into `folder`."""
+    """A shell's line; `DUMP` in it is a dump into `folder`, `PYTHON` the interpreter, whose streams are buffered."""
     words = [sys.executable, "-m", "jaxref", *map(str, WORDS), "--output", str(folder)]
-    line = command.replace("DUMP", " ".join(words))
+    line = command.replace("DUMP", " ".join(words)).replace("PYTHON", sys.executable)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        line, shell=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False
+        ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, env=buffered | environment, check=False
     )
 
 
@@ -35,6 +36,26 @@ def test_closed_streams_do_no_harm(tmp_path: Path) -> None:
     done = shell("DUMP --dtype float64 2>&-", tmp_path / "loud")
     assert (done.returncode, done.stdout) == (2, "")  # not a word of the error on stdout
     assert shell("DUMP --dtype float64 2>/dev/full", tmp_path / "loud").returncode == 2
+
+
+@pytest.mark.parametrize("command", ["jaxref stages", "weights inspect tiny", "oracle --help"])
+def test_a_full_disk_under_stdout_is_one_line(tmp_path: Path, command: str) -> None:
+    done = shell(f"PYTHON -m {command} >/dev/full", tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "the disk is full" in done.stderr
+    assert shell(f"PYTHON -m {command} >/dev/full 2>/dev/full", tmp_path).returncode == 2
+
+
+def test_help_for_nobody_is_wrong_use_all_the_same(tmp_path: Path) -> None:
+    assert shell("PYTHON -m jaxref 2>/dev/full", tmp_path).returncode == 2
+
+
+def test_a_reader_that_goes_away_hides_no_divergence(tmp_path: Path) -> None:
+    """Neither 0, which would say that two trees agree, nor 1 or 2, but what shells make of SIGPIPE."""
+    assert shell("DUMP", tmp_path / "tree").returncode == 0
+    compare = f"PYTHON -m oracle compare {tmp_path}/tree {tmp_path}/tree"
+    done = shell(f"{compare} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])
