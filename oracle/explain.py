@@ -15,6 +15,7 @@ from oracle.chain import Chain
 from oracle.local import Found, Local
 from oracle.localize import localize
 from oracle.replay import Replay
+from oracle.routing import rule_of
 from oracle.winner import Memory, best
 from weights import Checkpoint
 
@@ -107,6 +108,9 @@ def _routed(replay: Replay, case: Case, row: Local, engine: np.ndarray) -> Cause
     if count != wanted:
         words = f"{count} experts a token (num_experts_per_tok is {wanted})"
         explanation = Explanation("router_count", count, words, 0.0)
+    elif (rule := rule_of(case, engine, replay.emulated.name)) is not None:
+        name, words = rule
+        explanation = Explanation("router_choice", name, f"it chooses {words}", 0.0)
     return Cause(case.stage, (case.key[0],), explanation, str(row.wrong))
 
 

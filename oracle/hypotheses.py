@@ -212,6 +212,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("router_not_renormalised", ("moe_router",), experts.renormalise(False)),
     Hypothesis("router_renormalised", ("moe_router",), experts.renormalise(True)),
     Hypothesis("router_count", ("moe_router",), experts.count),
+    Hypothesis("router_choice", ("moe_router",), experts.chosen),
     Hypothesis("router_sigmoid", ("moe_router",), switch("sigmoid in place of softmax", kind="sigmoid")),
     Hypothesis("router_softmax_after", ("moe_router",), switch("the softmax is over the chosen alone", kind="after")),
     Hypothesis("router_softmax_twice", ("moe_router",), switch("the weights go through a softmax again", kind="twice")),

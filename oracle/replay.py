@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -185,8 +186,7 @@ class Replay:
         return self._run(case, self.emulated, self._rounded, **changes)
 
     def _round(self, params: Any) -> Any:
-        with EXACT.context():
-            narrow = jax.tree.map(lambda w: w.astype(self.emulated.compute), params)
+        narrow = _narrowed(params, self.emulated)
         if not self.q8:
             return narrow
         whole = isinstance(narrow, Whole)
@@ -249,7 +249,18 @@ class Replay:
         exact = self._experts[layer, number]
         if numerics is EXACT:
             return exact
-        names = vars(expert_names(layer, number))
-        with EXACT.context():
-            narrow = {field: w.astype(numerics.compute) for field, w in vars(exact).items()}
-        return Expert(**({f: self._weight(w, names[f]) for f, w in narrow.items()} if self.q8 else narrow))
+        narrow, names = _narrowed(exact, numerics), vars(expert_names(layer, number))
+        if not self.q8:
+            return narrow
+        return Expert(**{field: self._weight(w, names[field]) for field, w in vars(narrow).items()})
+
+
+def _narrowed(params: Any, numerics: Numerics) -> Any:
+    """All parameters as these numerics hold them, in one program: to start one for each takes longer than most need."""
+    with EXACT.context():
+        return _cast_all(params, numerics.compute)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast_all(params: Any, dtype: np.dtype[Any]) -> Any:
+    return jax.tree.map(lambda w: w.astype(dtype), params)

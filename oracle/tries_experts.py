@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from oracle.bench import Bench
+from oracle.case import INDICES
+from oracle.router_rules import rules
+from oracle.routing import whole_ids
 from oracle.tries import Tries, Try
 
 # Capacity factors that people use (arXiv:2101.03961): tokens an expert takes, by those it would get were all alike.
@@ -32,6 +35,19 @@ def count(bench: Bench) -> Iterator[Try]:
         yield Try(
             count, {"count": count}, f"{count} experts a token (num_experts_per_tok is {bench.settings['count']})"
         )
+
+
+def chosen(bench: Bench) -> Iterator[Try]:
+    """The weights of the experts that known mistakes choose, or of those that it wrote that it chose."""
+    if not bench.shown:
+        return
+    logits, count = bench.x[0], bench.config.num_experts_per_tok
+    for rule in rules(logits, count) if np.isfinite(logits).all() else ():
+        yield Try(rule.name, {"ids": rule.chosen(count)}, f"they are the weights of {rule.words}")
+    written = bench.value(INDICES)
+    ids = None if written is None else whole_ids(written, logits.shape[1])
+    if ids is not None:
+        yield Try("written", {"ids": ids}, f"they are the weights of the experts in {INDICES}")
 
 
 def lost(bench: Bench) -> Iterator[Try]:

@@ -55,7 +55,7 @@ def moe_router(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """`renormalise`, `count`, `kind` ("softmax", "sigmoid", "after": over the chosen
     alone, "twice", "equal", "raw": the logits), `logits` as a dtype.
 
-    `times` multiplies the weights.
+    `times` multiplies the weights; `ids` [rows, A] are the chosen experts.
     """
     return s.get("times", 1.0) * _router(x, s)
 
@@ -63,7 +63,7 @@ def moe_router(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 def _router(x: list[Array], s: Switches) -> Array:
     logits = x[0].astype(s["logits"]).astype(np.float64) if "logits" in s else x[0]
     chances = expit(logits) if s.get("kind") == "sigmoid" else _softmax(logits)
-    best = np.argsort(-logits, axis=1, kind="stable")[:, : s["count"]]
+    best = s["ids"] if "ids" in s else np.argsort(-logits, axis=1, kind="stable")[:, : s["count"]]
     if s.get("kind") == "after":
         return _softmax(np.take_along_axis(logits, best, axis=1))
     if s.get("kind") == "raw":

@@ -12,6 +12,8 @@ ACT, PRODUCT = "ffn_silu moe_expert_swigl", "ffn_swigl moe_expert_swigl"
 F32, NOT_BF16 = ("float32",), ("float32", "float16")  # bfloat16 rounds as coarsely as int8 does
 K3 = {"config": {"num_key_value_heads": 3}}
 D64: dict[str, Any] = {"config": {"hidden_size": 64}}
+CHOICES = ("smallest", "absolute", "second", "over tokens", "all -1", "ascending", "by id")
+SIXTEEN: dict[str, Any] = {"num_experts": 16}
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
 
@@ -111,6 +113,9 @@ FEED_FORWARD = [
     row("router_softmax_twice", "moe_router", archs=MOE),
     row("router_equal", "moe_router", archs=MOE),
     row("router_raw", "moe_router", archs=MOE),
+    *(row(f"router_choice/{how}", "moe_router moe_router_indices", how, archs=MOE) for how in CHOICES),
+    row("router_choice/+1", "moe_router_indices", "+1", archs=MOE),
+    row("router_choice/2 of 4 by 2", "moe_router moe_router_indices", "2 of 4 by 2", archs=MOE, config=SIXTEEN),
 ]
 
 ROWS = [

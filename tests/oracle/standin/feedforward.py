@@ -97,7 +97,8 @@ def _route(here: Place, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.half().float()
     chances = logits.sigmoid() if here.fault("router_sigmoid") else logits.softmax(-1)
     count = int(here.argument("router_count") or here.config["num_experts_per_tok"])
-    shares, ids = chances.topk(count, dim=-1)
+    ids = _choose(here, logits, count)
+    shares = chances.gather(1, ids)
     if here.fault("router_softmax_after"):
         shares = logits.gather(1, ids).softmax(-1)
     renormalised = bool(here.config.get("norm_topk_prob"))
@@ -113,7 +114,33 @@ def _route(here: Place, x: Tensor) -> tuple[Tensor, Tensor]:
         shares = logits.gather(1, ids)
     if factor := here.argument("scaled/moe_router"):
         shares = shares * float(factor)
+    if here.argument("router_choice") == "+1":  # counted wrongly after the right ones were weighed
+        ids = (ids + 1) % logits.shape[1]
     return here.emit("moe_router", here.round(shares)), here.emit("moe_router_indices", ids)
+
+
+def _choose(here: Place, logits: Tensor, count: int) -> Tensor:
+    """The ids of the chosen experts [S, A], the best one first."""
+    how = here.argument("router_choice")
+    if how == "smallest":
+        logits = -logits
+    elif how == "absolute":
+        logits = logits.abs()
+    elif how == "over tokens":
+        logits = logits.softmax(0)
+    elif how == "2 of 4 by 2":
+        groups = logits.unflatten(-1, (4, -1))
+        kept = groups.topk(2, dim=-1).values.sum(-1).topk(2, dim=-1).indices
+        here_kept = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter(1, kept, True)
+        logits = groups.masked_fill(~here_kept[..., None], -torch.inf).flatten(-2)
+    elif how == "by chance":
+        logits = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
+    ids = logits.topk(count + (how == "second"), dim=-1).indices[:, -count:]
+    if how == "all -1":
+        ids = ids[-1:].expand_as(ids).contiguous()
+    if how == "ascending":
+        ids = ids.flip(1)
+    return ids.sort(1).values if how == "by id" else ids
 
 
 def _in_experts(here: Place, rows: Tensor, ids: Tensor, role: str) -> Tensor:
