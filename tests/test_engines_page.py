@@ -45,9 +45,17 @@ def check(folder: Path) -> None:
         np.testing.assert_array_equal(values, VALUES)
 
 
+def runs(compiler: str) -> bool:
+    """Whether it is there and works: rustup leaves a `rustc` that has no compiler yet."""
+    return (
+        shutil.which(compiler) is not None
+        and subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
+    )
+
+
 @pytest.mark.parametrize(("language", "compiler"), [("c", ["cc", "-Wall"]), ("rust", ["rustc"])])
 def test_a_compiled_example_writes_what_the_page_says(tmp_path: Path, language: str, compiler: list[str]) -> None:
-    if shutil.which(compiler[0]) is None:
+    if not runs(compiler[0]):
         pytest.skip(f"needs {compiler[0]}")
     source = tmp_path / f"main.{'c' if language == 'c' else 'rs'}"
     source.write_text(example(language) + MAIN[language])
