@@ -51,6 +51,12 @@ class Bench:
         """The relative L2 of what is to be explained."""
         return self.error({}) if self._seen is None else self._seen
 
+    @cached_property
+    def lost(self) -> np.ndarray:
+        """Where the engine's rows are not finite and should be."""
+        lost = ~np.isfinite(self.engine) & visible(self.stage, self.engine, self.case.positions)
+        return lost & np.isfinite(self.run({})) if lost.any() else lost
+
     @property
     def x(self) -> list[np.ndarray]:
         """The stage's inputs."""
@@ -76,7 +82,7 @@ class Bench:
             with np.errstate(all="ignore"):
                 found = run()
                 shown = visible(self.stage, self.engine, self.case.positions) & np.isfinite(self.engine)
-                if not np.isfinite(found[shown]).all():
+                if not np.isfinite(found[shown]).all() or np.isfinite(found[self.lost]).any():
                     return float("inf")  # the distance is over what is finite in both
                 stored = found.astype(self.replay.emulated.compute).astype(np.float64)
                 # A value that the engine rounded once is that of the right variant rounded, to the bit.

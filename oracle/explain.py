@@ -86,7 +86,7 @@ def _cause(replay: Replay, case: Case, row: Local, engine: np.ndarray, memory: M
         return _routed(replay, case, row, engine)
     chain = Chain(replay, case, engine)
     hint = hints.look(chain.bench, row)
-    found = None if row.bad else best(chain, row, memory)
+    found = best(chain, row, memory)
     if found is None:
         return Cause(case.stage, layers, None, hint)
     trial = found.trial

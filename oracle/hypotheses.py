@@ -17,6 +17,7 @@ from oracle import tries_fused as fused
 from oracle import tries_inputs as inputs
 from oracle import tries_masks as masks
 from oracle import tries_norms as norms
+from oracle import tries_overflow as overflow
 from oracle import tries_packed as packed
 from oracle import tries_rounded as bits
 from oracle import tries_rows as rows
@@ -73,6 +74,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("norm_unrooted", NORMS + HEAD_NORMS, switch("the mean square without its root", size="unrooted")),
     Hypothesis("norm_size_other", NORMS + HEAD_NORMS, norms.sizes),
     Hypothesis("norm_partial", NORMS, norms.counted),
+    Hypothesis("norm_overflow", NORMS + HEAD_NORMS, overflow.squares),
     Hypothesis("norm_rounded", NORMS + HEAD_NORMS, norms.unit),
     Hypothesis(
         "norm_weight_first", NORMS + HEAD_NORMS, switch("its weight is applied before the norm", weight_first=True)
@@ -142,6 +144,8 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         for kind in ("modulo", "reversed", "first", "next", "previous")
     ),
     Hypothesis("kv_heads_other", ("attn_scores",), attention.kv_fitted, generic=True),
+    Hypothesis("scores_overflow", ("attn_scores",), overflow.products),
+    Hypothesis("softmax_overflow", ("attn_softmax",), overflow.powers),
     Hypothesis("mask_missing", ("attn_softmax",), switch("there is no causal mask", unmasked=True)),
     Hypothesis("mask_strict", ("attn_softmax",), switch("a query does not see itself", nearest=1)),
     Hypothesis("mask_ahead", ("attn_softmax",), switch("a query sees one key ahead", nearest=-1)),
@@ -202,6 +206,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("silu_missing", ACTIVATED, switch("ReLU² in place of SiLU", "relu_squared", activation="relu_squared")),
     Hypothesis("silu_missing", ACTIVATED, switch("tanh in place of SiLU", "tanh", activation="tanh")),
     Hypothesis("silu_missing", ACTIVATED, switch("hard swish in place of SiLU", "hardswish", activation="hardswish")),
+    Hypothesis("silu_overflow", ACTIVATED, overflow.sigmoid),
     Hypothesis("up_missing", GATED, switch("silu(gate) is not multiplied by up", up="missing")),
     Hypothesis("up_added", GATED, switch("silu(gate) + up in place of silu(gate)·up", up="added")),
     Hypothesis("up_plus_one", GATED, switch("silu(gate)·(up + 1), as in GPT-OSS", up="plus_one")),

@@ -14,15 +14,14 @@ import numpy as np
 from jaxref.stages import STAGES
 from oracle.variants_attention import Array, Switches, attention, attn_scores, attn_softmax, capped, rope
 from oracle.variants_ffn import moe_ffn_out, moe_router, multiply, silu, swiglu
-
-# How far from exact float32 may be where it is rounded further: a sum of a thousand terms.
-SLACK = 2.0**-20
+from oracle.variants_overflow import SLACK, mean_square
 
 
 def norm(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     """RMSNorm of rows: `skip`, `centre` (LayerNorm), `eps`, `outside`: where eps is added; `size`: "sum", "absolute"
-    or "unrooted", of `counted` columns; `sizes`, applied to the mean squares of all rows. `unit`: the dtype of what the
-    weight meets, beside what is `shown` of the result. The weight: `power`, 0 for none, `plus_one`, and `weight_first`.
+    or "unrooted", of `counted` columns; `squares` as in `mean_square`; `sizes`, applied to all rows' mean squares.
+    `unit`: the dtype of what the weight meets, beside what is `shown` of the result. The weight: `power`, 0 for none,
+    `plus_one`, and `weight_first`.
     """
     (weight,) = w.values()
     return x[0] if s.get("skip") else _normed(x[0], weight, s)
@@ -47,7 +46,8 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
     if s.get("centre"):
         x = x - x.mean(axis=-1, keepdims=True)
     counted = np.arange(x.shape[-1]) < s.get("counted", x.shape[-1])
-    size, outside = (np.square(x) * counted).mean(axis=-1, keepdims=True), s.get("outside")
+    plain, outside = (np.square(x) * counted).mean(axis=-1, keepdims=True), s.get("outside")
+    size = mean_square(x, counted, s["squares"]) if "squares" in s else plain
     size = s["sizes"](size) if "sizes" in s else size
     if s.get("size") == "sum":
         size = size * x.shape[-1]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxref.rope import inverse_frequencies
+from oracle.variants_overflow import held, nearest, shares
 
 Array = np.ndarray
 Switches = dict[str, Any]
@@ -59,12 +60,18 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
 
 
 def attn_scores(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
-    """`scale` for 1/√h and `times` it; `kv_map`: the kv head of each query head; `cap` as in `linear`."""
+    """`scale` for 1/√h and `times` it; `kv_map`: the kv head of each query head; `cap` as in `linear`.
+
+    `product`: the type of q·k before it is scaled, beside what is `shown` of the result.
+    """
     h, K = s["head_dim"], s["kv_heads"]
     q, k = (a.reshape(len(a), -1, h) for a in x)
     kv_map = s.get("kv_map", np.arange(q.shape[1]) // (q.shape[1] // K))
     scale = s.get("scale", h**-0.5) * s.get("times", 1.0)
-    return capped(np.einsum("sjh,tjh->jst", q, k[:, kv_map], optimize=True) * scale, s)
+    raw = np.einsum("sjh,tjh->jst", q, k[:, kv_map], optimize=True)
+    if "product" in s:
+        raw = nearest(raw, s["product"], s["shown"] / scale) if "shown" in s else held(raw, s["product"])
+    return capped(raw * scale, s)
 
 
 def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
@@ -73,7 +80,8 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     `seen`: a mask [S, T] or [H, S, T]; `masked`: a number in place of minus infinity; `plus`: what the sum has
     besides, "zero" (a key with score 0) or "greatest" (one as great as the greatest). Of the scores: `cap`, and `heat`,
     which they are multiplied with (0: a mean over keys). `block`: it runs over blocks of so many keys, and of what came
-    before a greater score only the `rescaled` is rescaled: "nothing", "sum" or "output".
+    before a greater score only the `rescaled` is rescaled: "nothing", "sum" or "output". `unshifted`: the type of the
+    powers, where the greatest score is not subtracted; `masked_too`: whether masked keys get what follows from it.
     """
     back = x[1][:, None] - x[2][None, :]
     seen = back >= s.get("nearest", 0)
@@ -85,6 +93,9 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     allowed = np.ones_like(seen) if s.get("masked_after") else seen
     axis = -2 if s.get("over_queries") else -1
     masked = np.where(allowed, s.get("heat", 1.0) * capped(x[0], s), s.get("masked", -np.inf))
+    if "unshifted" in s:
+        found = shares(masked, s["unshifted"])
+        return found if s["masked_too"] else np.where(seen, found, 0.0)
     with np.errstate(invalid="ignore"):
         greatest = masked.max(axis=axis, keepdims=True)
         powers = np.exp(masked - greatest)

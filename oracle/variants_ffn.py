@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from scipy.special import erf, expit
 
+from oracle import variants_overflow as overflow
 from oracle.variants_attention import Array, Switches
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -20,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "sigmoid": expit,
     "tanh": np.tanh,
     "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    **{f"silu in {kind}": partial(overflow.silu, kind=kind) for kind in overflow.RANGES},
 }
 
 

@@ -68,7 +68,13 @@ class Memory:
 
 
 def best(chain: Chain, row: Local, memory: Memory) -> Scored | None:
-    """The one hypothesis, or pair of them, that fits where no other comes near; `memory` is kept up."""
+    """The one hypothesis, or pair of them, that fits where no other comes near; `memory` is kept up.
+
+    What is not finite is explained only by what gives no finite values there, and by no others; it tells nothing of
+    what is wrong in layers where all is finite.
+    """
+    if row.bad:
+        return _best(chain, replace(row, local=math.inf))
     stage = chain.bench.stage
     if (again := _again(chain, row, memory.named.get(stage))) is not None:
         return again
@@ -106,7 +112,7 @@ def _best(chain: Chain, row: Local) -> Scored | None:
         return _winner(chain, sorted(left, key=lambda each: each.error), row)
     if (found := _winner(chain, scored, row)) is not None:
         return found
-    if any(_fits(chain, each, row) for each in scored):
+    if row.bad or any(_fits(chain, each, row) for each in scored):
         return None  # several fit: none is named
     return _winner(chain, sorted(_pairs(chain, scored, row), key=lambda each: each.error), row)
 

@@ -121,6 +121,8 @@ def _kv_head(here: Place, what: str) -> Tensor:
 def _scores(here: Place, q: Tensor, k: Tensor) -> Tensor:
     """Scaled products [H, S, S] of every query with every key, rounded before and after the scaling."""
     raw = here.round(torch.einsum("qjd,kjd->jqk", q.float(), k[:, _kv_head(here, "kv_heads")].float()))
+    if here.fault("scores_overflow"):
+        return here.round(raw.half().float() * here.head_dim**-0.5)
     if here.fault("scores_unscaled"):
         return raw
     if here.fault("scores_hidden_dim"):
@@ -144,6 +146,9 @@ def _softmax(here: Place, scores: Tensor) -> Tensor:
         scores = scores * float(factor)
     if here.fault("softmax_mean"):
         return here.round((seen / seen.sum(-1, keepdim=True)).expand_as(scores))
+    if kind := here.argument("softmax_overflow"):
+        powers = scores.masked_fill(~seen, -torch.inf).exp().to(getattr(torch, kind)).float()
+        return here.round(powers / powers.sum(-1, keepdim=True).to(getattr(torch, kind)).float())
     if here.fault("softmax_undivided"):
         return here.round((scores - scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)).exp() * seen)
     if here.fault("softmax_masked_after"):

@@ -52,6 +52,9 @@ def _activated(here: Place, gate: Tensor) -> Tensor:
         act = gate / (1 + (-1.702 * gate).exp())
     elif here.fault("silu_missing/sigmoid"):
         act = gate.sigmoid()
+    elif kind := here.argument("silu_overflow"):
+        powers = gate.exp().to(getattr(torch, kind)).float()
+        act = gate * (powers / (1 + powers))
     elif here.fault("silu_missing/tanh"):
         act = gate.tanh()
     elif here.fault("silu_missing/hardswish"):

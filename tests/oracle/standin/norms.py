@@ -56,6 +56,11 @@ def _normed(here: Place, stage: str, x: Tensor, over: tuple[int, ...]) -> Tensor
     if here.fault(f"norm_absolute/{stage}"):
         return here.round(x / (x.abs().mean(over, keepdim=True) + eps))
     size = x.square().mean(over, keepdim=True)
+    if how := here.argument(f"norm_overflow/{stage}"):
+        squares = x.half().square().float()
+        size = squares.mean(over, keepdim=True)
+        if how == "sum":
+            size = squares.sum(over, keepdim=True).half().float() / x.shape[-1]
     if count := here.argument(f"norm_partial/{stage}"):
         size = x[..., : int(count)].square().sum(over, keepdim=True) / x.shape[-1]
     if here.fault(f"norm_size_other/{stage}/first"):
