@@ -15,8 +15,9 @@ demo: .venv/installed
 	$(BIN)/python -m oracle explain tiny $(DEMO)/engine-$(FAULT) || test $$? = 1
 
 # One thread a worker: two threads on tiny matrices wait for each other wherever another worker has a core.
+# Who has no test left takes some of another's: without that a worker waited for the other's sweeps at the end.
 test: .venv/tested lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: .venv/tested
 	$(BIN)/ruff check .

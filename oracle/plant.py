@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,8 +132,12 @@ class _Engine:
         # Some variants have a factor that is fitted to what an engine shows.
         tries = list(self._tries(Bench(self.replay, case, FACTOR * right)))
         errors = [bench.error(tried.switches) for tried in tries]
-        finite = {place: error for place, error in enumerate(errors) if error < float("inf")}
-        visible = [place for place, error in finite.items() if error > VISIBLE]
+        finite = {place: error for place, error in enumerate(errors) if error < math.inf}
+        visible = [
+            place
+            for place, error in enumerate(errors)
+            if error > VISIBLE and (place in finite or _lost(bench, tries[place]))
+        ]
         if not visible and self.replay.emulated.compute.itemsize >= 4:
             visible = [place for place, error in finite.items() if error > FAINT]
         if not visible:
@@ -145,6 +150,15 @@ class _Engine:
         for row in about(bench.stage):
             if row.name == self.planted.name:
                 yield from row.tries(bench)
+
+
+def _lost(bench: Bench, tried: Try) -> bool:
+    """Whether values that should be finite are not: nothing else that has no distance can be planted."""
+    try:
+        found = bench.run(tried.switches)
+    except (TypeError, ValueError, IndexError, KeyError):
+        return False
+    return found.shape == bench.engine.shape and bool((~np.isfinite(found) & np.isfinite(bench.engine)).any())
 
 
 def names() -> list[str]:

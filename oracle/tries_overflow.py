@@ -17,7 +17,7 @@ def powers(bench: Bench) -> Iterator[Try]:
     Where all powers of a row are zero, zeros are divided by zero, at masked keys too where nothing puts a zero there.
     """
     for kind, limit in RANGES.items():
-        words = f"the greatest score is not subtracted, and above {np.log(limit):.1f} e^x overflows {kind}"
+        words = f"the greatest score is not subtracted, and e^x, in {kind}, overflows above {np.log(limit):.1f}"
         for there in (True, False):
             yield Try(kind, {"unshifted": kind, "masked_too": there}, words)
 
@@ -25,14 +25,14 @@ def powers(bench: Bench) -> Iterator[Try]:
 def sigmoid(bench: Bench) -> Iterator[Try]:
     """SiLU as x·eˣ/(1 + eˣ)."""
     for kind, limit in RANGES.items():
-        words = f"it is computed as x·e^x/(1 + e^x), and above {np.log(limit):.1f} e^x overflows {kind}"
+        words = f"it is x·e^x/(1 + e^x), and e^x, in {kind}, overflows above {np.log(limit):.1f}"
         yield Try(kind, {"activation": f"silu in {kind}"}, words)
 
 
 def products(bench: Bench) -> Iterator[Try]:
     """q·k in float16 before it is scaled, as Qwen2's keys are known to overflow it."""
     shown = {"shown": bench.engine} if bench.shown else {}
-    yield Try("float16", {"product": "float16", **shown}, "q·k overflows float16 before it is scaled by 1/√h")
+    yield Try("float16", {"product": "float16", **shown}, "q·k is in float16 before it is scaled by 1/√h")
 
 
 def squares(bench: Bench) -> Iterator[Try]:

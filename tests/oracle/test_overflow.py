@@ -15,6 +15,7 @@ from tests.conftest import prompt
 from tests.oracle.standin import run, write
 from tests.oracle.standin.planted import Planted
 from tests.oracle.sweep import SHORT, Models
+from tests.test_cli import command
 from weights import Checkpoint, open_checkpoint
 
 Model = tuple[dict, dict, Checkpoint]
@@ -90,3 +91,15 @@ def test_one_nan_more_has_no_name(model: Callable[..., Model], tmp_path: Path, d
     write(tmp_path / "tree", {key: values for key, values in trace.items() if key[0] == 2 or key[1] == "embedding"})
     told = explain(checkpoint, tmp_path / "tree", prompt(COUNT, 272), numerics=SHORT[dtype])
     assert [(cause.stage, cause.explanation) for cause in told.causes][:1] == [("attn_softmax", None)]
+
+
+def test_what_is_not_finite_can_be_planted(model: Callable[..., Model], tmp_path: Path) -> None:
+    _, _, checkpoint = model("qwen3", 130)
+    tokens = prompt(COUNT, 272)
+    words = ("--tokens", ",".join(map(str, tokens)), "--fault", "softmax_overflow", "--at", "1", "--quiet")
+    done = command("plant", checkpoint.folder, *words, "--output", tmp_path / "tree", module="oracle")
+    assert done.returncode == 0, done.stderr
+    causes = explain(checkpoint, tmp_path / "tree", tokens).causes
+    assert [(c.stage, c.layers, c.explanation and c.explanation.hypothesis) for c in causes] == [
+        ("attn_softmax", (1,), "softmax_overflow")
+    ]
