@@ -48,9 +48,15 @@ def judge(key: Key, case: Case, chosen: np.ndarray, replay: Replay, numerics: st
 
 
 def whole_ids(chosen: np.ndarray, experts: int) -> np.ndarray | None:
-    """An engine's ids as integers; None where some are no experts."""
+    """An engine's ids as integers; None where there are none, or some are no experts."""
     ids = np.asarray(chosen)
-    if not np.isfinite(ids).all() or (ids != np.round(ids)).any() or ids.min() < 0 or ids.max() >= experts:
+    if (
+        not ids.size
+        or not np.isfinite(ids).all()
+        or (ids != np.round(ids)).any()
+        or ids.min() < 0
+        or ids.max() >= experts
+    ):
         return None
     return ids.astype(int)
 

@@ -46,8 +46,8 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
     if s.get("centre"):
         x = x - x.mean(axis=-1, keepdims=True)
     counted = np.arange(x.shape[-1]) < s.get("counted", x.shape[-1])
-    plain, outside = (np.square(x) * counted).mean(axis=-1, keepdims=True), s.get("outside")
-    size = mean_square(x, counted, s["squares"]) if "squares" in s else plain
+    squares, outside = np.square(x) * counted, s.get("outside")
+    size = mean_square(x, counted, s["squares"]) if "squares" in s else squares.mean(axis=-1, keepdims=True)
     size = s["sizes"](size) if "sizes" in s else size
     if s.get("size") == "sum":
         size = size * x.shape[-1]

@@ -113,7 +113,7 @@ def _best(chain: Chain, row: Local) -> Scored | None:
     if (found := _winner(chain, scored, row)) is not None:
         return found
     if row.bad or any(_fits(chain, each, row) for each in scored):
-        return None  # several fit: none is named
+        return None  # several fit, and none is named; of what is not finite no two are tried together
     return _winner(chain, sorted(_pairs(chain, scored, row), key=lambda each: each.error), row)
 
 

@@ -61,8 +61,8 @@ def explained(model: Model, folder: Path, fault: str, dtype: str) -> tuple[Expla
     [
         ("softmax_overflow/float32", "float32", {"attn_softmax"}),
         ("softmax_overflow/float16", "float16", {"attn_softmax"}),
-        ("silu_overflow/float32", "silu in float32", {"ffn_silu", "moe_expert_swigl"}),
-        ("silu_overflow/float16", "silu in float16", {"ffn_silu", "moe_expert_swigl"}),
+        ("silu_overflow/float32", "float32", {"ffn_silu", "moe_expert_swigl"}),
+        ("silu_overflow/float16", "float16", {"ffn_silu", "moe_expert_swigl"}),
         ("norm_overflow/attn_norm/each", "each", {"attn_norm"}),
         ("norm_overflow/ffn_norm/sum", "sum", {"ffn_norm"}),
     ],
@@ -72,8 +72,8 @@ def test_what_overflows_is_named(
 ) -> None:
     factor = 900 if parameter == "each" else 130
     told, _ = explained(model(arch, factor), tmp_path / "tree", fault, dtype)
-    found = {cause.stage: cause.explanation and cause.explanation.hypothesis for cause in told.causes}
-    assert found.keys() <= stages and set(found.values()) == {fault.partition("/")[0]}, told.causes
+    found = {c.stage: c.explanation and (c.explanation.hypothesis, c.explanation.parameter) for c in told.causes}
+    assert found.keys() <= stages and set(found.values()) == {(fault.partition("/")[0], parameter)}, told.causes
 
 
 def test_products_that_overflow_before_they_are_scaled_are_named(model: Callable[..., Model], tmp_path: Path) -> None:

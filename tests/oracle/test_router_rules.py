@@ -47,6 +47,10 @@ def test_what_is_no_expert_has_no_name(wrong: float) -> None:
     assert rule_of(case(LOGITS), ids, "float32") is None
 
 
+def test_no_ids_at_all_have_no_name() -> None:
+    assert rule_of(case(LOGITS), np.zeros((23, 0)), "float32") is None
+
+
 def test_a_near_tie_does_not_hide_a_mistake() -> None:
     logits = LOGITS.copy()
     order = np.argsort(logits[0])
