@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from jaxref.stages import STAGES
+from oracle.blocks import Blocks
 from oracle.case import Case, rows_at
 from oracle.deviations import distance, drift, visible
 from oracle.engine_tree import Value
 from oracle.replay import Replay
+from oracle.stored import tensor_name
 from oracle.variants import Switches, variant_of
 from weights.names import layer_rows
-from weights.params import expert_names, layer_names
+from weights.params import expert_names
 
 # So many tensors are kept while the variants of a stage are tried.
 KEPT = 4
-# get(field, layer, shift): a matrix of this or another layer; of an expert's stage that of the expert `shift` ids on.
+# get(field, layer, shift, read): a matrix of this or another layer; of an expert's stage that of the expert `shift` ids
+# on. With `read`, what that makes of the blocks that it is stored in.
 Get = Callable[..., np.ndarray]
+Read = Callable[[Blocks], np.ndarray]
 Pick = Callable[[Get], np.ndarray]
 
 
@@ -27,15 +31,24 @@ class Bench:
     """Where hypotheses about one stage of one layer are tried. All arrays are float64.
 
     `shown`: whether `engine` are the engine's rows; of a stage that its tree lacks they are the right ones, and `seen`
-    says how far from the truth those are of the stage that shows it.
+    says how far from the truth those are of the stage that shows it. `every`: variants are wanted that the engine's
+    rows speak against, too.
     """
 
     def __init__(
-        self, replay: Replay, case: Case, engine: np.ndarray, *, shown: bool = True, seen: float | None = None
+        self,
+        replay: Replay,
+        case: Case,
+        engine: np.ndarray,
+        *,
+        shown: bool = True,
+        seen: float | None = None,
+        every: bool = False,
     ) -> None:
-        self.shown, self._seen = shown, seen
+        self.shown, self._seen, self.every = shown, seen, every
         self.replay, self.case, self.engine = replay, case, engine
         self.config, self.layer, self.stage = replay.config, case.key[0], case.stage
+        self.checkpoint = replay.engine.checkpoint
         self.row = STAGES[case.stage]
         self.settings: Switches = self.row.settings(self.config, self.layer or 0)
         self._tensors: dict[tuple[str, int | None], np.ndarray] = {}
@@ -98,7 +111,12 @@ class Bench:
 
     def _weight(self, field: str, pick: Pick | None) -> np.ndarray:
         own = np.asarray(getattr(self.case.params, field))
-        return own if pick is None else pick(lambda name=field, layer=None, shift=0: self.tensor(name, layer))
+        return own if pick is None else pick(partial(self._get, field))
+
+    def _get(
+        self, field: str, name: str | None = None, layer: int | None = None, shift: int = 0, read: Read | None = None
+    ) -> np.ndarray:
+        return self.tensor(name or field, layer) if read is None else read(self.blocks(name or field))
 
     def tensor(self, field: str, layer: int | None = None) -> np.ndarray:
         """A tensor of this layer (another one's, the whole model's) by its field, as float64; the last few are kept.
@@ -114,12 +132,22 @@ class Bench:
         return self._tensors[key]
 
     def _tensor(self, field: str, layer: int | None) -> np.ndarray:
-        checkpoint = self.replay.engine.checkpoint
-        if self.layer is None:
-            name = {"embed_tokens": "model.embed_tokens.weight", "head": checkpoint.head_name}.get(field, field)
-        else:
-            name = getattr(layer_names(self.config, self.layer if layer is None else layer), field)
-        return np.asarray(checkpoint.tensor(name), np.float64)
+        return np.asarray(self.checkpoint.tensor(self._name(field, layer)), np.float64)
+
+    def _name(self, field: str, layer: int | None = None, expert: int | None = None) -> str:
+        """A tensor in the checkpoint; of an expert's stage by default the first expert's of the first row."""
+        if expert is None and self.case.experts is not None:
+            expert = int(self.case.experts.flat[0])
+        return tensor_name(self.checkpoint, self.layer if layer is None else layer, field, expert)
+
+    def stored_as(self, field: str) -> str:
+        """How the stage's own tensor is stored, for people; nothing of one that is a part of another."""
+        return "" if self.row.per_expert and self.checkpoint.stacked else self.checkpoint.stored_as(self._name(field))
+
+    def blocks(self, field: str, rows: slice | np.ndarray = slice(None), expert: int | None = None) -> Blocks:
+        """Some rows of the stage's own tensor as they lie in a GGUF file."""
+        name = self._name(field, expert=expert)
+        return Blocks.of(self.checkpoint.stored_as(name), self.checkpoint.packed(name, rows))
 
     def _run_experts(self, x: list[np.ndarray], s: Switches) -> np.ndarray:
         experts, (field,) = self.case.experts, self.row.params
@@ -137,15 +165,18 @@ class Bench:
         return found
 
     def _expert_get(self, field: str, number: int, shift: int) -> Get:
-        def get(name: str = field, layer: int | None = None, shift: int = shift) -> np.ndarray:
+        def get(
+            name: str = field, layer: int | None = None, shift: int = shift, read: Read | None = None
+        ) -> np.ndarray:
             expert = (number + shift) % self.config.num_experts
+            if read is not None:
+                return read(self.blocks(name, expert=expert))
             if layer is None:
                 return np.asarray(getattr(self.replay.expert(self.layer or 0, expert), name))
-            checkpoint = self.replay.engine.checkpoint
             if not self.config.is_moe(layer):
                 raise ValueError("no experts there")
             getattr(expert_names(layer, expert), name)
-            return np.asarray(getattr(checkpoint.expert(layer, expert), name), np.float64)
+            return np.asarray(getattr(self.checkpoint.expert(layer, expert), name), np.float64)
 
         return get
 

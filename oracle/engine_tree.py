@@ -121,14 +121,14 @@ class EngineTree:
             return "q8" if activations == "q8" else str(dtype)
         if dtype is not None:
             return "float32"
-        by_weights = coarsest_activation(self.checkpoint)
-        if by_weights == "q8":
-            self.notes.append(
-                "the weights are quantised: activations are taken to be rounded to int8 blocks (--numerics)"
-            )
-            return "q8"
         guess = self.tree.guess_dtype()
-        guess = "float32" if guess == "float64" else guess
+        if guess not in ("float16", "bfloat16"):
+            if coarsest_activation(self.checkpoint) == "q8":
+                self.notes.append(
+                    "the weights are quantised: activations are taken to be rounded to int8 blocks (--numerics)"
+                )
+                return "q8"
+            guess = "float32"
         self.notes.append(f"the values are those of {guess} (--numerics)")
         return guess
 

@@ -105,6 +105,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("weight_transposed", (*MATRICES, "lm_head"), tries.transposed),
     Hypothesis("weight_permuted", ("qkv_matmul",), tries.permuted),
     Hypothesis("weight_nibbles", ("embedding", *MATRICES, "lm_head"), packed.nibbles),
+    Hypothesis("weight_unpacked", ("embedding", *MATRICES, "lm_head"), packed.misread),
     Hypothesis("weight_neighbour", MATRICES, tries.neighbour),
     Hypothesis("weight_dtype", MATRICES, tries.bits),
     Hypothesis("partial_sum", MATRICES, sums.partial_sum),

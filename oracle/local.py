@@ -118,8 +118,8 @@ def other_weights(rows: list[Local]) -> list[str]:
         return []
     return [
         "nearly all products with weights are wrong, and every stage that reads none is right: the engine's weights are"
-        " not MODEL's, but those of another file, or the same in fewer bits or in another order; give what the engine"
-        " reads, a .gguf too"
+        " not MODEL's, but those of another file, or the same in fewer bits, in another order or unpacked wrongly; give"
+        " what the engine reads, a .gguf too"
     ]
 
 

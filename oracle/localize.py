@@ -20,6 +20,7 @@ from oracle.engine_tree import EngineTree, Value
 from oracle.local import NO_TOKENS, TELLS, Found, other_weights
 from oracle.measuring import Measuring, Visit
 from oracle.replay import EXACT
+from oracle.stored import one_type_wrong
 from oracle.trees import ordered
 from oracle.truth import Truth
 from oracle.yardstick import Yardstick
@@ -74,7 +75,8 @@ class _Job:
             if whole:
                 reader.forget()
                 self._whole([key for key in keys if key[0] is None], reader)
-        told = [*self.told, *other_weights(self.measuring.locals)]
+        rows = self.measuring.locals
+        told = [*self.told, *other_weights(rows), *one_type_wrong(self.engine.checkpoint, rows)]
         notes = [*self.engine.notes, *told, *self.measuring.notes()]
         return Found(self.engine, self.numerics, self.measuring.locals, self.measuring.unknown, notes)
 

@@ -127,29 +127,40 @@ class _Engine:
         offer(case.key[0], Piece(case.stage, value, selected=selected))  # type: ignore[arg-type]
 
     def _wrong(self, case: Case, right: np.ndarray) -> np.ndarray:
-        """The first variant that shows, the same one in every layer."""
+        """The first variant that shows, the same one in every layer where it makes a difference."""
         bench = Bench(self.replay, case, right)
         # Some variants have a factor that is fitted to what an engine shows.
-        tries = list(self._tries(Bench(self.replay, case, FACTOR * right)))
-        errors = [bench.error(tried.switches) for tried in tries]
-        finite = {place: error for place, error in enumerate(errors) if error < math.inf}
-        visible = [
-            place
-            for place, error in enumerate(errors)
-            if error > VISIBLE and (place in finite or _lost(bench, tries[place]))
-        ]
-        if not visible and self.replay.emulated.compute.itemsize >= 4:
-            visible = [place for place, error in finite.items() if error > FAINT]
-        if not visible:
+        tries = list(self._tries(Bench(self.replay, case, FACTOR * right, every=True)))
+        place = self._place.get(case.stage)
+        if place is None:
+            place = self._first(bench, tries)
+        elif place >= len(tries) or not _shows(bench, tries[place], FAINT):
             return right
-        place = self._place.setdefault(case.stage, visible[0])
+        if place is None:
+            return right
+        self._place[case.stage] = place
         self.struck.setdefault(case.stage, tries[place].words)
         return bench.run(tries[place].switches)
+
+    def _first(self, bench: Bench, tries: list[Try]) -> int | None:
+        """The place of the first variant that shows; in wide numerics, where none does, of the first faint one."""
+        wide = self.replay.emulated.compute.itemsize >= 4
+        for least in (VISIBLE, FAINT) if wide else (VISIBLE,):
+            for place, tried in enumerate(tries):
+                if _shows(bench, tried, least):
+                    return place
+        return None
 
     def _tries(self, bench: Bench) -> Iterator[Try]:
         for row in about(bench.stage):
             if row.name == self.planted.name:
                 yield from row.tries(bench)
+
+
+def _shows(bench: Bench, tried: Try, least: float) -> bool:
+    """Whether a variant changes the rows by more than `least`, or loses some that should be finite."""
+    error = bench.error(tried.switches)
+    return error > least and (error < math.inf or _lost(bench, tried))
 
 
 def _lost(bench: Bench, tried: Try) -> bool:

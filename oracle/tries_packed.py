@@ -1,4 +1,4 @@
-"""Hypotheses about packed weights that an engine unpacks in another order than they were packed in."""
+"""Hypotheses about packed weights that an engine unpacks in another way than they were packed in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from oracle.bench import Bench, Get
 from oracle.tries import Try
+from oracle.tries_rounded import COLUMNS, TELLS, some_columns
+from oracle.unpacking import Misreading, misreadings
 
 # Inputs whose numbers share bytes: 32 in Q4_0 and Q5_0, 64 in Q4_K. The first half is in the low bits.
 BLOCKS = (32, 64)
@@ -55,3 +57,35 @@ def reordered(matrix: np.ndarray, block: int, order: str) -> np.ndarray:
     else:
         halves = halves[:, ::-1]
     return halves.reshape(matrix.shape)
+
+
+def misread(bench: Bench) -> Iterator[Try]:
+    """Blocks of a GGUF read as its types are not meant: those of one type in all of the stage's matrices alike."""
+    if bench.stage == "embedding":
+        yield from _embedding(bench)
+        return
+    fields = bench.row.params
+    stored = {field: bench.stored_as(field) for field in fields}
+    plain = some_columns(bench, bench.x[0], lambda field: bench.matrix(field)[:COLUMNS])
+    for kind in dict.fromkeys(stored.values()):
+        which = tuple(field for field in fields if stored[field] == kind)
+        for row in misreadings(kind):
+            if some_columns(bench, bench.x[0], partial(_first_rows, bench, row, which)) <= TELLS * plain:
+                picks = {field: partial(_read, row) for field in which}
+                where = "" if which == fields else f" of {', '.join(which)}"
+                yield Try(f"{kind}: {row.name}", {"w": picks}, f"blocks of {kind}{where}: {row.words}")
+
+
+def _first_rows(bench: Bench, row: Misreading, which: tuple[str, ...], field: str) -> np.ndarray:
+    return row.read(bench.blocks(field, slice(COLUMNS))) if field in which else bench.matrix(field)[:COLUMNS]
+
+
+def _read(row: Misreading, get: Get) -> np.ndarray:
+    return get(read=row.read)
+
+
+def _embedding(bench: Bench) -> Iterator[Try]:
+    kind, tokens = bench.stored_as("embed_tokens"), bench.replay.engine.tokens or []
+    for row in misreadings(kind):
+        rows = row.read(bench.blocks("embed_tokens", np.asarray(tokens)[list(bench.case.positions)]))
+        yield Try(f"{kind}: {row.name}", {"rows": rows}, f"blocks of {kind}: {row.words}")

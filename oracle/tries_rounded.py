@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -51,11 +51,12 @@ def weights(bench: Bench) -> Iterator[Try]:
 def _quantised(bench: Bench) -> Iterator[Try]:
     """Weights in eight bits or fewer, alone and with the input: those that some of the columns speak for."""
     for name, kind in _likely(bench, bench.x[0].shape[-1]):  # none for rows of another shape
-        plain = _some_columns(bench, bench.x[0], partial(cast, np.float64))
+        plain = some_columns(bench, bench.x[0], partial(_first_rows, bench, partial(cast, np.float64)))
         x, picks = kind.rows(bench.x[0]), {field: partial(_kept, kind.matrix) for field in bench.row.params}
-        if _some_columns(bench, bench.x[0], kind.matrix) <= TELLS * plain:
+        kept = partial(_first_rows, bench, kind.matrix)
+        if some_columns(bench, bench.x[0], kept) <= TELLS * plain:
             yield Try(name, {"w": picks}, f"its weights are rounded to {kind.words}, the checkpoint's have more bits")
-        if _some_columns(bench, x, kind.matrix) <= TELLS * plain:
+        if some_columns(bench, x, kept) <= TELLS * plain:
             words = f"its input and its weights are rounded to {kind.words}"
             yield Try(f"{name} both", {"w": picks, "x": {0: x}}, words)
 
@@ -68,22 +69,26 @@ def _likely(bench: Bench, width: int) -> Iterator[tuple[str, Kind]]:
             yield name, kind
 
 
-def _some_columns(bench: Bench, x: np.ndarray, rounded: Round) -> float:
-    """How far the first columns of each of the stage's matrices are from the engine's, with the matrices so.
+def _first_rows(bench: Bench, rounded: Round, field: str) -> np.ndarray:
+    whole = bench.matrix(field)
+    return rounded(whole[:COLUMNS], whole)
 
-    Nothing where the engine's are not shown.
+
+def some_columns(bench: Bench, x: np.ndarray, first_rows: Callable[[str], np.ndarray]) -> float:
+    """How far the first columns of each of the stage's matrices are from the engine's, with these rows of the fields.
+
+    Nothing where the engine's are not shown, or do not matter.
     """
-    if not bench.shown:
+    if not bench.shown or bench.every:
         return 0.0
     experts, engine, start, apart = bench.case.experts, bench.engine, 0, 0.0
     at: Any = ... if experts is None else np.nonzero(experts == experts.flat[0])
     if experts is not None and x.ndim == 2:
         x = np.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
     for field in bench.row.params:
-        whole = bench.matrix(field)
-        rows = rounded(whole[:COLUMNS], whole)
+        rows = first_rows(field)
         apart += np.square(x[at] @ rows.T - engine[at][..., start : start + len(rows)]).sum()
-        start += len(whole)
+        start += bench.matrix(field).shape[0]
     return float(np.sqrt(apart))
 
 

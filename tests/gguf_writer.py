@@ -26,7 +26,7 @@ Encode = Callable[[np.ndarray, GGMLQuantizationType], np.ndarray]
 def write_gguf(
     folder: Path,
     path: Path,
-    kind: str = "F32",
+    kind: str | Callable[[str], str] = "F32",
     changes: dict[str, Any] | None = None,
     *,
     per_part: int = 0,
@@ -34,9 +34,9 @@ def write_gguf(
 ) -> Path:
     """The checkpoint of a folder as a GGUF file with its matrices stored as `kind`; vectors and routers stay F32.
 
-    `changes` are metadata by their full keys, None for a key to leave out. With `per_part`, a split model of so many
-    tensors a file; returned is the first. K-quants get random values, as the package cannot make them, unless
-    `encode` can.
+    `kind` may be one for each name in GGUF. `changes` are metadata by their full keys, None for a key to leave out.
+    With `per_part`, a split model of so many tensors a file; returned is the first. K-quants get random values, as the
+    package cannot make them, unless `encode` can.
     """
     checkpoint = open_checkpoint(folder)
     known = metadata(checkpoint.config) | tokens(folder) | (changes or {})
@@ -45,7 +45,7 @@ def write_gguf(
         add(writer, key, value)
     for name, values in tensors(checkpoint):
         plain = values.ndim == 1 or "ffn_gate_inp" in name
-        stored = GGMLQuantizationType["F32" if plain else kind]
+        stored = GGMLQuantizationType["F32" if plain else kind if isinstance(kind, str) else kind(name)]
         writer.add_tensor(name, (encode or encoded)(values.astype(np.float32), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

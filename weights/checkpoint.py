@@ -84,6 +84,14 @@ class Checkpoint:
         """A view of rows `start:stop` of one tensor by its checkpoint name."""
         return self.files[self._places[name]].tensor(name, start, stop)
 
+    def packed(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
+        """The bytes [rows, ·] of some rows of a tensor as a GGUF file holds them, in blocks of `stored_as`."""
+        from weights.gguf_file import GgufFile
+
+        file = self.files[self._places[name]]
+        assert isinstance(file, GgufFile)  # no other has blocks
+        return file.packed(name, rows)
+
     def copy(self, view: np.ndarray, out: np.ndarray) -> bool:
         """Fill `out` with the values of a view of some tensor, and say whether all are finite in both dtypes.
 

@@ -130,8 +130,15 @@ class GgufFile(OfMap):
         """Copies of these rows of the first axis; no others are read. Raises `UserError` as `tensor`."""
         self._file.check()
         stored = self.entries[name]
-        raw = np.frombuffer(self._map, np.uint8, stored.nbytes, stored.offset).reshape(stored.shape[0], -1)
-        return self._values(stored, self.dtype(name), raw[places])
+        return self._values(stored, self.dtype(name), self._raw(stored)[places])
+
+    def packed(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
+        """The bytes [rows, ·] of these rows as they lie in the file. Raises `UserError` as `tensor`."""
+        self._file.check()
+        return self._raw(self.entries[name])[rows]
+
+    def _raw(self, stored: Stored) -> np.ndarray:
+        return np.frombuffer(self._map, np.uint8, stored.nbytes, stored.offset).reshape(stored.shape[0], -1)
 
     def _values(self, stored: Stored, dtype: np.dtype[Any], raw: np.ndarray) -> np.ndarray:
         """The numbers of rows of bytes: the same memory, or dequantised."""
