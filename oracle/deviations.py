@@ -78,7 +78,8 @@ def worst(
         place = int(errors.argmax())
         found[name] = at[place] if name == "token" else place
         found[f"{name}_rel_l2"] = float(errors[place])
-        found[f"{name}s_wrong"] = max(1, int((errors > max(limit, errors[place] / 100)).sum()))
+        wrong = errors > max(limit, errors[place] / 100) if np.isfinite(errors[place]) else np.isinf(errors)
+        found[f"{name}s_wrong"] = max(1, int(wrong.sum()))
         found[f"{name}s"] = len(errors)
     return found
 
@@ -87,5 +88,7 @@ def _group_errors(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         flat = [np.linalg.norm(v.reshape(len(v), -1), axis=1) for v in (x, y)]
         return np.nan_to_num(
-            flat[0] / np.maximum(flat[1], 1e-3 * np.linalg.norm(y) / math.sqrt(len(y)) + 1e-300), nan=np.inf
+            flat[0] / np.maximum(flat[1], 1e-3 * np.linalg.norm(y) / math.sqrt(len(y)) + 1e-300),
+            nan=np.inf,
+            posinf=np.inf,
         )

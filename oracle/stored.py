@@ -35,15 +35,20 @@ def types(checkpoint: Checkpoint, key: Key) -> set[str]:
 
 
 def one_type_wrong(checkpoint: Checkpoint, rows: list[Local]) -> list[str]:
-    """A note where the products with weights of one type are wrong, all of them, and no others."""
+    """A note where the products with weights of one type are wrong, all of them, and no others.
+
+    Nothing where these are all that there is of one stage, which may be wrong for another reason.
+    """
     products = {
         row.key: row.faulty for row in rows if STAGES[row.key[1]].function in (ops.linear, attention.qkv_matmul)
     }
     by_key = {key: types(checkpoint, key) for key in products}
     for kind in sorted(set().union(*by_key.values())):
-        those = [products[key] for key in products if kind in by_key[key]]
-        others = [products[key] for key in products if kind not in by_key[key]]
-        if len(those) >= SEVERAL and all(those) and others and not any(others):
+        those, others = [[key for key in products if (kind in by_key[key]) is inside] for inside in (True, False)]
+        if len(those) < SEVERAL or not others or not all(products[key] is (key in those) for key in products):
+            continue
+        stages = {stage for _, stage in those}
+        if len(stages) > 1 or not stages.isdisjoint(stage for _, stage in others):
             return [
                 f"the {len(those)} products that read weights in {kind} are all wrong, and the {len(others)} others are"
                 f" right: look at how the engine reads {kind}"

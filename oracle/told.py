@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from collections import Counter
@@ -19,8 +20,6 @@ from oracle.output import legible
 from oracle.report import SHORT, WIDTH
 from oracle.sentence import many
 from oracle.trees import path_of
-
-HUGE = 1e300  # an error from here on stands for a value that is not finite
 
 
 def print_told(told: Explained) -> None:
@@ -169,7 +168,7 @@ def where_in_words(where: dict[str, Any]) -> str:
             wrong, count = where[f"{name}s_wrong"], where[f"{name}s"]
             share = "alone" if wrong == 1 < count else f"{wrong} of {count} wrong"
             error = where[f"{name}_rel_l2"]
-            size = f"{error:.3g}, " if error < HUGE else ""
+            size = f"{error:.3g}, " if math.isfinite(error) else ""
             parts.append(f"{name} {where[name]} ({size}{share})")
     return ", ".join(parts)
 

@@ -179,6 +179,8 @@ def test_nan_is_told_as_nan(models: Models, tmp_path: Path, capsys: pytest.Captu
     assert "e+308" not in text and "from the truth" not in text and "n: not finite" in text
     (summary,) = (r for r in records(told, explained=True) if r["record"] == "summary")
     assert summary["faults"][0]["spared"] == [] and summary["faults"][0]["tainted"] == [1, 2, 3]
+    where = summary["faults"][0]["where"]
+    assert where["token"] == 3 and where["token_rel_l2"] is None and where["tokens_wrong"] == 1
 
 
 def test_what_is_infinite_is_not_called_nan() -> None:

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, quants
 
 from oracle.blocks import PARTS, Blocks
 from oracle.explain import explain
+from oracle.localize import localize
 from oracle.unpacking import MISREADINGS, misreadings
 from tests.conftest import prompt
 from tests.gguf_writer import tokens as vocabulary
@@ -158,6 +159,19 @@ def test_one_type_is_not_told_where_another_is_wrong_too(tmp_path: Path) -> None
     assert not any("products that read weights in" in words for words in told.found.notes)
     named = {(layer, c.stage): c.explanation and c.explanation.hypothesis for c in told.causes for layer in c.layers}
     assert named[0, "ffn_up"] == "scaled" and named[1, "ffn_out"] == "weight_unpacked"
+
+
+def test_one_stage_is_not_taken_for_its_type(tmp_path: Path) -> None:
+    """Routers alone are F32 in these files; what is wrong with them has nothing to do with that."""
+    raw, checkpoint = a_model(tmp_path / "model", "Q4_0", 2, "qwen3_moe")
+    weights = {name: np.array(checkpoint.tensor(name), np.float32) for name in checkpoint.tensor_names}
+    routers = [name for name in weights if name.endswith("mlp.gate.weight")]
+    assert {checkpoint.stored_as(name) for name in routers} == {"F32"}
+    weights |= {name: weights[name] * np.float32(1.25) for name in routers}
+    write(tmp_path / "tree", run(raw, weights, TOKENS))
+    found = localize(checkpoint, tmp_path / "tree", TOKENS, numerics="f32")
+    assert {fault.stage for fault in found.faults} == {"moe_router_logits"}
+    assert not any("products that read weights in" in words for words in found.notes)
 
 
 def test_experts_are_misread_too(tmp_path: Path) -> None:
