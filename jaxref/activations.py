@@ -19,8 +19,11 @@ from weights.names import expected
 
 # How a weight is stored in a GGUF file -> what becomes of its activations; float32 weights leave them alone.
 ACTIVATIONS: dict[str, str] = {
-    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0"), "Q8_0"),
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), "Q8_K"),
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"), "Q8_0"),
+    # Q8_1: the same, and the sum of each block in float16, which meets the least values; that rounding is left out.
+    **dict.fromkeys(("Q4_1", "Q5_1"), "Q8_0"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0"), "Q8_K"),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "Q8_K"),
     "F16": "float16",
     "BF16": "bfloat16",
 }

@@ -15,8 +15,9 @@ from weights import Checkpoint, Config, open_checkpoint
 
 ARCHITECTURES = {"qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3, "qwen3_moe": MODEL_ARCH.QWEN3MOE}
 GGUF_NAMES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
-# K-quants, which the package can read and not make: where the float16 scales of a block lie.
+# Types that the package can read and not make: where the float16 scales of a block lie.
 SCALES = {"Q2_K": slice(80, 84), "Q3_K": slice(108, 110), "Q4_K": slice(0, 4), "Q5_K": slice(0, 4)}
+SCALES |= dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"), slice(0, 2))
 SCALES["Q6_K"] = slice(208, 210)
 
 
@@ -134,12 +135,15 @@ def tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def encoded(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Values as a file holds them: bytes [.., row bytes]; for K-quants random ones, finite and about as large."""
-    if kind.name not in SCALES:
+    """Values as a file holds them: bytes [.., row bytes]; for K-quants and I-quants random ones, finite."""
+    if kind.name not in (*SCALES, "IQ1_M"):
         return quants.quantize(values, kind)
     block, size = GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(values.size)
     blocks = rng.integers(0, 256, (values.size // block, size), dtype=np.uint8)
+    if kind.name == "IQ1_M":  # a fourth of the scale, 0x0a55, in the highest bits of each of four numbers
+        blocks[:, 49:56:2] = blocks[:, 49:56:2] & 15 | np.array([0x50, 0x50, 0xA0, 0x00], np.uint8)
+        return blocks.reshape(*values.shape[:-1], values.shape[-1] // block * size)
     at = SCALES[kind.name]
     scales = rng.uniform(1e-5, 1e-4, (len(blocks), (at.stop - at.start) // 2)).astype(np.float16)
     blocks[:, at] = scales.view(np.uint8)
@@ -157,7 +161,8 @@ def encoded_by_ggml(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarra
     quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     block, size = GGML_QUANT_SIZES[kind]
     rows, columns = values.size // values.shape[-1], values.shape[-1]
-    values = np.ascontiguousarray(values)
+    values, importance = np.ascontiguousarray(values), np.ones(columns, np.float32)
     found = np.empty((*values.shape[:-1], columns // block * size), np.uint8)
-    assert quantize(int(kind), values.ctypes.data, found.ctypes.data, 0, rows, columns, None) == found.size
+    where = (values.ctypes.data, found.ctypes.data, 0, rows, columns, importance.ctypes.data)
+    assert quantize(int(kind), *where) == found.size
     return found

@@ -64,14 +64,14 @@ def test_metadata_that_would_change_the_maths_is_refused(tmp_path: Path, changes
 def test_unknown_tensors_and_types_are_named(tmp_path: Path) -> None:
     folder = tiny(tmp_path / "hf", **BLOCKS)
     path = write_gguf(folder, tmp_path / "a.gguf")
-    # One name as long as the other, and one number of a type: IQ4_NL for Q8_0.
+    # One name as long as the other, and one number of a type: NVFP4 for Q8_0.
     path.write_bytes(path.read_bytes().replace(b"output_norm.weight", b"rope_freqs_.weight"))
     with pytest.raises(UserError, match=r"missing model\.norm\.weight \[256\]; unknown rope_freqs_\.weight"):
         open_checkpoint(path)
     path = write_gguf(folder, tmp_path / "b.gguf", "Q8_0")
     stored = re.compile(rb"(token_embd\.weight.{20})\x08", re.DOTALL)
-    path.write_bytes(stored.sub(lambda found: found[1] + b"\x14", path.read_bytes(), count=1))
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight .* is stored as IQ4_NL; supported are F32"):
+    path.write_bytes(stored.sub(lambda found: found[1] + b"\x28", path.read_bytes(), count=1))
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight .* is stored as NVFP4; supported are F32"):
         open_checkpoint(path)
 
 
