@@ -57,6 +57,12 @@ def signed(blocks: Blocks) -> np.ndarray:
     return blocks.having(**{name: blocks.part(name) ^ mask}).values()
 
 
+def linear(blocks: Blocks) -> np.ndarray:
+    """The numbers of IQ4 less 8, where they are places in a table; that has 1 at place 8."""
+    units = blocks.having(qs=0x88).values()
+    return units * (numbers(blocks.part("qs"), 4, RUN[blocks.kind]).astype(np.float64) - 8).reshape(units.shape)
+
+
 def unsigned(name: str) -> Read:
     """Bytes of -128 to 127 read as 0 to 255. The numbers are linear in them."""
 
@@ -85,6 +91,7 @@ def _four_bits(x: np.ndarray) -> np.ndarray:
 
 six_bits_exchanged = _six_bits(lambda scale, least: (least, scale))
 six_bits_low = _six_bits(lambda scale, least: (_four_bits(scale), _four_bits(least)))
+no_high_scales = part("scales_h", lambda scales: 0)
 # Q3_K: the last four bytes hold the scales' high bits.
 low_scales = part("scales", lambda scales: np.where(np.arange(12) < 8, scales, 0))
 
@@ -106,8 +113,9 @@ six_bits_in_a_row = part("scales", _in_a_row)
 
 
 def no_scale_offset(blocks: Blocks) -> np.ndarray:
-    """Q3_K's scales as they are stored, 0 to 63."""
-    return blocks.values() - blocks.having(scales=0).values()
+    """Scales of six bits as they are stored, 0 to 63."""
+    names = [name for name in PARTS[blocks.kind] if name.startswith("scales")]
+    return blocks.values() - blocks.having(**dict.fromkeys(names, 0)).values()
 
 
 def other_scales(order: list[int]) -> Read:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-# Bytes of each part of a block, as ggml-common.h declares it: the float16 scales `d` and `dmin`, the scales of its
-# parts, the numbers' low bits `qs` and high bits `qh` (Q3_K: hmask, Q6_K: ql and qh).
+# Bytes of each part of a block, as ggml-common.h declares it: the float16 scales `d` and `dmin` (Q4_1, Q5_1: m), the
+# scales of its parts, the numbers' low bits `qs` and high bits `qh` (Q3_K: hmask, Q6_K: ql and qh).
 PARTS: dict[str, dict[str, slice]] = {
     "Q8_0": {"d": slice(0, 2), "qs": slice(2, 34)},
     "Q4_0": {"d": slice(0, 2), "qs": slice(2, 18)},
+    "Q4_1": {"d": slice(0, 2), "dmin": slice(2, 4), "qs": slice(4, 20)},
+    "Q5_1": {"d": slice(0, 2), "dmin": slice(2, 4), "qh": slice(4, 8), "qs": slice(8, 24)},
+    "IQ4_NL": {"d": slice(0, 2), "qs": slice(2, 18)},
+    "IQ4_XS": {"d": slice(0, 2), "scales_h": slice(2, 4), "scales_l": slice(4, 8), "qs": slice(8, 136)},
+    "MXFP4": {"e": slice(0, 1), "qs": slice(1, 17)},
     "Q5_0": {"d": slice(0, 2), "qh": slice(2, 6), "qs": slice(6, 22)},
     "Q2_K": {"scales": slice(0, 16), "qs": slice(16, 80), "d": slice(80, 82), "dmin": slice(82, 84)},
     "Q3_K": {"qh": slice(0, 32), "qs": slice(32, 96), "scales": slice(96, 108), "d": slice(108, 110)},
@@ -21,9 +25,8 @@ PARTS: dict[str, dict[str, slice]] = {
     "Q6_K": {"qs": slice(0, 128), "qh": slice(128, 192), "scales": slice(192, 208), "d": slice(208, 210)},
 }
 # Bits of a number in `qs`, and of how many bytes the lowest bits are read before the next ones.
-BITS = {"Q4_0": 4, "Q5_0": 4, "Q2_K": 2, "Q3_K": 2, "Q4_K": 4, "Q5_K": 4, "Q6_K": 4}
-RUN = {"Q4_0": 16, "Q5_0": 16, "Q2_K": 32, "Q3_K": 32, "Q4_K": 32, "Q5_K": 32, "Q6_K": 64}
-Change = Callable[[np.ndarray], "np.ndarray | int"]
+BITS = {kind: 2 if kind in ("Q2_K", "Q3_K") else 4 for kind in PARTS if kind != "Q8_0"}
+RUN = {kind: 16 for kind in BITS} | {"Q2_K": 32, "Q3_K": 32, "Q4_K": 32, "Q5_K": 32, "Q6_K": 64}
 
 
 @dataclass(frozen=True)
