@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from oracle import fits
@@ -118,15 +119,19 @@ def transposed(bench: Bench) -> Iterator[Try]:
 
 
 def bits(bench: Bench) -> Iterator[Try]:
-    """The bfloat16 values of a matrix read as float16."""
-
-    def misread(matrix: np.ndarray) -> np.ndarray:
-        bits = matrix.astype(np.float32).view(np.uint32) >> 16
-        return bits.astype(np.uint16).view(np.float16).astype(np.float64)
-
+    """The bfloat16 values of a matrix read as float16, or where it is stored in float16 the other way round."""
     for field in bench.row.params:
-        pick: Pick = lambda get, field=field: misread(get(field))  # noqa: E731
-        yield Try(field, {"w": {field: pick}}, f"the bfloat16 values of {field} are read as float16")
+        half = bench.stored_as(field) in ("float16", "F16")
+        pick: Pick = lambda get, half=half: _misread(get(), half)  # noqa: E731
+        stored, other = ("float16", "bfloat16") if half else ("bfloat16", "float16")
+        yield Try(field, {"w": {field: pick}}, f"the {stored} values of {field} are read as {other}")
+
+
+def _misread(matrix: np.ndarray, half: bool) -> np.ndarray:
+    if half:
+        return matrix.astype(np.float16).view(ml_dtypes.bfloat16).astype(np.float64)
+    upper = matrix.astype(np.float32).view(np.uint32) >> 16  # which is a bfloat16
+    return upper.astype(np.uint16).view(np.float16).astype(np.float64)
 
 
 def permuted(bench: Bench) -> Iterator[Try]:

@@ -66,14 +66,14 @@ def misread(bench: Bench) -> Iterator[Try]:
         return
     fields = bench.row.params
     stored = {field: bench.stored_as(field) for field in fields}
-    plain = some_columns(bench, bench.x[0], lambda field: bench.matrix(field)[:COLUMNS])
-    for kind in dict.fromkeys(stored.values()):
+    rows = [(kind, row) for kind in dict.fromkeys(stored.values()) for row in misreadings(kind)]
+    plain = some_columns(bench, bench.x[0], lambda field: bench.matrix(field)[:COLUMNS]) if rows else 0.0
+    for kind, row in rows:
         which = tuple(field for field in fields if stored[field] == kind)
-        for row in misreadings(kind):
-            if some_columns(bench, bench.x[0], partial(_first_rows, bench, row, which)) <= TELLS * plain:
-                picks = {field: partial(_read, row) for field in which}
-                where = "" if which == fields else f" of {', '.join(which)}"
-                yield Try(f"{kind}: {row.name}", {"w": picks}, f"blocks of {kind}{where}: {row.words}")
+        if some_columns(bench, bench.x[0], partial(_first_rows, bench, row, which)) <= TELLS * plain:
+            picks = {field: partial(_read, row) for field in which}
+            where = "" if which == fields else f" of {', '.join(which)}"
+            yield Try(f"{kind}: {row.name}", {"w": picks}, f"blocks of {kind}{where}: {row.words}")
 
 
 def _first_rows(bench: Bench, row: Misreading, which: tuple[str, ...], field: str) -> np.ndarray:

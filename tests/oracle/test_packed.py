@@ -1,4 +1,4 @@
-"""An engine that reads a GGUF with its own unpacking, and gets it wrong everywhere."""
+"""An engine that reads weights with its own unpacking, or as another type, and gets it wrong everywhere."""
 
 from __future__ import annotations
 
@@ -58,3 +58,18 @@ def test_it_is_named_in_every_product_and_said_once(packed, tmp_path: Path) -> N
     said = sentence(told)
     assert said.count("blocks of 32 weights are unpacked wrongly") == 1 and said.count("(as embedding)") == 6
     assert any("in another order" in note for note in told.found.notes)
+
+
+def test_float16_that_is_read_as_bfloat16(tmp_path: Path) -> None:
+    raw = tiny_config("qwen2", None, 1)
+    write_random(tmp_path / "model", raw, seed=5, dtype="float16")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    weights = {name: np.array(checkpoint.tensor(name)) for name in checkpoint.tensor_names}
+    name = "model.layers.0.mlp.up_proj.weight"
+    bits = weights[name].view(np.uint16).astype(np.uint32) << 16
+    wrong = {each: values.astype(np.float32) for each, values in weights.items()} | {name: bits.view(np.float32)}
+    write(tmp_path / "tree", run(raw, wrong, TOKENS))
+    (cause,) = explain(checkpoint, tmp_path / "tree", TOKENS).causes
+    assert cause.explanation is not None and cause.stage == "ffn_up"
+    assert cause.explanation.hypothesis == "weight_dtype"
+    assert cause.explanation.text == "the float16 values of up_proj are read as bfloat16"
