@@ -162,7 +162,9 @@ def encoded_by_ggml(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarra
     block, size = GGML_QUANT_SIZES[kind]
     rows, columns = values.size // values.shape[-1], values.shape[-1]
     values, importance = np.ascontiguousarray(values), np.ones(columns, np.float32)
+    # Where it is not required it makes other numbers. A bool comes back in the lowest byte.
+    wanted = importance.ctypes.data if load().ggml_quantize_requires_imatrix(int(kind)) & 0xFF else None
     found = np.empty((*values.shape[:-1], columns // block * size), np.uint8)
-    where = (values.ctypes.data, found.ctypes.data, 0, rows, columns, importance.ctypes.data)
+    where = (values.ctypes.data, found.ctypes.data, 0, rows, columns, wanted)
     assert quantize(int(kind), *where) == found.size
     return found

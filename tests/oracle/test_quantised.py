@@ -138,8 +138,9 @@ def test_the_numbers_are_ggmls_own(kind: GGMLQuantizationType) -> None:
 def sums_in_half(x: np.ndarray, checkpoint: Checkpoint, names: list[str]) -> np.ndarray:
     """What Q4_1 and Q5_1 add to a product: their least values times the float16 rounding of sums of 32 activations."""
     blocks = x.reshape(len(x), -1, 32)
-    step = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    whole = np.rint(blocks / step).sum(axis=-1, dtype=np.float32)
+    greatest = np.abs(blocks).max(axis=-1, keepdims=True)
+    step = greatest / np.float32(127)
+    whole = np.rint(blocks * (np.float32(127) / greatest)).sum(axis=-1, dtype=np.float32)
     rounded = (step[..., 0] * whole).astype(np.float16).astype(np.float64)
     left_out = rounded - step[..., 0].astype(np.float16).astype(np.float64) * whole
     size = GGML_QUANT_SIZES[GGMLQuantizationType[checkpoint.stored_as(names[0])]][1]
