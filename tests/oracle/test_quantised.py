@@ -126,7 +126,9 @@ def test_the_numbers_are_ggmls_own(kind: GGMLQuantizationType) -> None:
     """To the bit, whatever bytes a block has."""
     count, size = GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(size).integers(0, 256, (500, size), dtype=np.uint8)
-    theirs, ours = np.empty((500, count), np.float32), quants.dequantize(blocks, kind)
+    theirs = np.empty((500, count), np.float32)
+    with np.errstate(all="ignore"):  # some scales are infinite
+        ours = quants.dequantize(blocks, kind)
     dequantize = getattr(llama_api.load(), f"dequantize_row_{kind.name.lower().replace('_k', '_K')}")
     dequantize.argtypes, dequantize.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), None
     dequantize(blocks.ctypes.data, theirs.ctypes.data, theirs.size)
