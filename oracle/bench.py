@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from jaxref.stages import STAGES
-from oracle.blocks import Blocks
+from oracle.blocks import Blocks, Read
 from oracle.case import Case, rows_at
 from oracle.deviations import distance, drift, visible
 from oracle.engine_tree import Value
@@ -23,7 +23,6 @@ KEPT = 4
 # get(field, layer, shift, read): a matrix of this or another layer; of an expert's stage that of the expert `shift` ids
 # on. With `read`, what that makes of the blocks that it is stored in.
 Get = Callable[..., np.ndarray]
-Read = Callable[[Blocks], np.ndarray]
 Pick = Callable[[Get], np.ndarray]
 
 

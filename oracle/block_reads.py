@@ -7,9 +7,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from oracle.blocks import BITS, PARTS, RUN, Blocks, moved_bits, numbers, packed, scale_bytes, scales_and_mins
-
-Read = Callable[[Blocks], np.ndarray]
+from oracle.blocks import BITS, PARTS, RUN, Blocks, Read, moved_bits, numbers, packed, scale_bytes, scales_and_mins
 
 
 def part(name: str, change: Callable[[np.ndarray], np.ndarray | int]) -> Read:

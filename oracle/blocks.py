@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,10 @@ class Blocks:
         rows, kind = self.data.reshape(len(self.data), -1), GGMLQuantizationType[self.kind]
         with np.errstate(all="ignore"):
             return quants.dequantize(rows, kind).astype(np.float64)
+
+
+# What somebody makes of blocks: the numbers [rows, width] in float64.
+Read = Callable[[Blocks], np.ndarray]
 
 
 def numbers(qs: np.ndarray, bits: int, run: int, *, turned: bool = False) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oracle import block_reads as reads
-from oracle.blocks import BITS, PARTS, RUN
+from oracle.blocks import BITS, PARTS, RUN, Read
 
 SCALED = tuple(kind for kind, parts in PARTS.items() if "d" in parts)  # a float16 scale a block
 SHARED = tuple(BITS)  # numbers share bytes
@@ -24,7 +24,7 @@ class Misreading:
 
     name: str
     kinds: tuple[str, ...]
-    read: reads.Read
+    read: Read
     words: str
 
 

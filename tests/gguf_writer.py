@@ -156,14 +156,15 @@ def encoded_by_ggml(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarra
 
     if kind.name in ("F32", "F16", "BF16"):
         return quants.quantize(values, kind)
-    quantize = load().ggml_quantize_chunk
+    library = load()
+    quantize, demands = library.ggml_quantize_chunk, library.ggml_quantize_requires_imatrix
+    demands.restype, demands.argtypes = ctypes.c_bool, [ctypes.c_int]
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     block, size = GGML_QUANT_SIZES[kind]
     rows, columns = values.size // values.shape[-1], values.shape[-1]
     values, importance = np.ascontiguousarray(values), np.ones(columns, np.float32)
-    # Where it is not required it makes other numbers. A bool comes back in the lowest byte.
-    wanted = importance.ctypes.data if load().ggml_quantize_requires_imatrix(int(kind)) & 0xFF else None
+    wanted = importance.ctypes.data if demands(int(kind)) else None  # with it other types have other numbers
     found = np.empty((*values.shape[:-1], columns // block * size), np.uint8)
     where = (values.ctypes.data, found.ctypes.data, 0, rows, columns, wanted)
     assert quantize(int(kind), *where) == found.size

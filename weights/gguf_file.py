@@ -52,21 +52,10 @@ PLAIN: dict[Kind, np.dtype[Any]] = {
     Kind.BF16: np.dtype(ml_dtypes.bfloat16),
 }
 # Those for which the `gguf` package gives the same bits as ggml itself.
-QUANTISED = (
-    *(Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
-    *(
-        Kind.IQ1_S,
-        Kind.IQ1_M,
-        Kind.IQ2_XXS,
-        Kind.IQ2_XS,
-        Kind.IQ2_S,
-        Kind.IQ3_XXS,
-        Kind.IQ3_S,
-        Kind.IQ4_NL,
-        Kind.IQ4_XS,
-    ),
-    *(Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4),
-)
+_BY_32 = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")  # numbers a block
+_BY_256 = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
+_FROM_TABLES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")  # 256 as well
+QUANTISED = tuple(Kind[name] for name in (*_BY_32, *_BY_256, *_FROM_TABLES))
 # Values dequantised at once: the arrays that this takes on the way stay in the processor's cache.
 AT_ONCE = 1 << 16
 # Bytes of an expert's matrix: a stack of smaller ones is none, and its names would take far more memory than the file.

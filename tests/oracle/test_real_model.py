@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
+import numpy as np
 import pytest
 
+from oracle.blocks import PARTS
 from oracle.comparer import compare
+from oracle.explain import explain
 from oracle.report import as_text
 from oracle.rules import Options
 from tests.oracle.faults import write
@@ -44,3 +49,23 @@ def test_llama_cpp_is_clean_but_for_its_rounding_of_activations(real_model, tmp_
         result = compare(tmp_path / "truth", tmp_path / "llama", hf)
         assert result.verdict == "agree" and result.blame.who == "none", as_text(result)
         assert max(c.test.relative_l2 for c in result.comparisons) > 0.01
+
+
+@pytest.mark.real_model
+def test_an_engine_that_leaves_out_the_high_bits_of_q6_k_is_told_so(real_model, tmp_path) -> None:
+    """README's example. The engine is jaxref on a copy of the file without those bits."""
+    file, copy = next(real_model.glob("*.gguf")), tmp_path / "model.gguf"
+    shutil.copy(file, copy)
+    checkpoint, data = open_checkpoint(file), np.memmap(copy, np.uint8, "r+")
+    for stored in (entry for part in checkpoint.files.values() for entry in part.entries.values()):
+        if stored.kind.name == "Q6_K":
+            blocks = data[stored.offset : stored.offset + stored.nbytes].reshape(-1, 210)
+            blocks[:, PARTS["Q6_K"]["qh"]] = 0
+    data.flush()
+    write_tree(copy, tmp_path / "engine", TOKENS)
+    (tmp_path / "engine" / "manifest.json").unlink()
+    told = explain(checkpoint, tmp_path / "engine", TOKENS, numerics="f32")
+    (cause,) = told.causes
+    assert cause.explanation is not None and cause.stage == "ffn_out" and len(cause.layers) == 12
+    assert cause.explanation.text == "blocks of Q6_K: the high bits in qh are not used"
+    assert any("12 products that read weights in Q6_K are all wrong, and the 109" in note for note in told.found.notes)

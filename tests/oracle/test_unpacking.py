@@ -75,7 +75,8 @@ def test_what_the_table_reads_is_what_loops_read(kind: str) -> None:
 
 
 def test_every_row_of_the_table_is_planted() -> None:
-    assert {row.name for row in MISREADINGS} == {fault for faults in FAULTS.values() for fault in faults}
+    assert [row for row in MISREADINGS if not any(row.name in FAULTS[kind] for kind in row.kinds)] == []
+    assert {fault for faults in FAULTS.values() for fault in faults} <= {row.name for row in MISREADINGS}
 
 
 def wrongly(kind: str, checkpoint: Checkpoint, name: str, faults: deque[str]) -> tuple[str, dict[str, np.ndarray]]:
