@@ -18,7 +18,7 @@ from jaxref.devices import described, memory_limit, out_of_memory_in_words
 from jaxref.hosts import Crew
 from jaxref.memory import MemoryPlan, plan_for
 from jaxref.mesh import to_host
-from jaxref.model import Piece
+from jaxref.pieces import Piece
 from jaxref.precision import PRECISION, Device, Numerics
 from jaxref.reader import Reader
 from jaxref.selection import Selection

@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from jaxref.memory import size
-from jaxref.model import Past, Piece, Place, Routing, decoder_layer
+from jaxref.model import decoder_layer
+from jaxref.pieces import Past, Piece, Place, Routing
 from jaxref.precision import Device, Numerics
 from jaxref.reader import Reader, Warn, warn_on_stderr
 from weights import Checkpoint, Config, UserError

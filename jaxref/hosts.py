@@ -27,7 +27,7 @@ from weights import UserError
 
 if TYPE_CHECKING:
     from jaxref.dump import Offer
-    from jaxref.model import Piece
+    from jaxref.pieces import Piece
 
 _GRAMMAR = re.compile(r"([^\s,]+:([0-9]{1,5})),([0-9]{1,5}),([0-9]{1,5})")
 # What the messages of JAX's transports have where a connection ended: those of CPUs, of NVIDIA GPUs, of its service.

@@ -18,7 +18,8 @@ from jaxref.mesh import TENSOR, split_axis
 from jaxref.model import head_rows, query_rows
 from jaxref.precision import Numerics
 from jaxref.selection import Selection
-from jaxref.stages import STAGES, Stage, stages_of
+from jaxref.stage import Stage
+from jaxref.stages import STAGES, inputs_of, stages_of
 from weights import Checkpoint, Config, UserError
 from weights.names import EXPERTS, TensorRow, layer_rows
 
@@ -163,7 +164,7 @@ def stage_work(
 
     Of parameters, which lie on the device in the dtype `kept`, only where they have to be widened.
     """
-    upstream = [key for key in stage.upstream(config, layer) if not isinstance(key, str)]
+    upstream = [key for key in inputs_of(stage, config, layer) if not isinstance(key, str)]
     elements = _elements(stage, config, count) + sum(_elements(STAGES[name], config, count) for _, name in upstream)
     if "moe_router_logits" in stage.inputs:
         elements *= 2  # the logits are sorted beside their places

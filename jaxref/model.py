@@ -7,9 +7,8 @@ Dimension key: S positions, D hidden_size, V vocab_size; the rest is in `jaxref/
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,8 @@ from jaxref import attention as attn
 from jaxref import feedforward as ffn
 from jaxref import ops
 from jaxref.activations import Matrix
-from jaxref.experts import ExpertSource, all_experts, chosen_experts
+from jaxref.experts import all_experts, chosen_experts
+from jaxref.pieces import Past, Piece, Pieces, Place, Routing, collect
 from jaxref.precision import Numerics, numerics_of
 from weights import Config, Layer, Params
 
@@ -32,65 +32,6 @@ SCORES_IN_BLOCK = 1 << 24
 # The largest block of the output projection, in numbers: the head never has to fit in memory. On a CPU a block is
 # converted and multiplied while it lies in the cache; elsewhere it is one more program to start, so they are fewer.
 HEAD_IN_BLOCK, HEAD_IN_BLOCK_ELSEWHERE = 1 << 22, 1 << 24
-
-
-class Piece(NamedTuple):
-    """A stage's value, or its query rows from `row` on where it is made in blocks.
-
-    `selected`: it holds the positions that are asked for and no others.
-    """
-
-    stage: str
-    value: Array
-    row: int = 0
-    selected: bool = False
-
-
-class Past(NamedTuple):
-    """Keys [T, K·h] after RoPE and packed projections [T, (H+2K)h] of the positions so far, with room for more."""
-
-    keys: Array
-    packed: Array
-
-    def extended(self, keys: Array, packed: Array, positions: Array) -> Past:
-        """With the rows of `positions` filled in."""
-        return Past(_filled(self.keys, keys, positions), _filled(self.packed, packed, positions))
-
-
-@jax.jit
-def _filled(rows: Array, new: Array, positions: Array) -> Array:
-    return rows.at[positions].set(new)
-
-
-class Routing(NamedTuple):
-    """Where experts come from that are not in memory, and the positions whose insides are asked for."""
-
-    source: ExpertSource
-    keep: np.ndarray
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a layer runs: the model's config, the layer's index, the precision."""
-
-    config: Config
-    layer: int
-    numerics: Numerics
-
-    def rope(self, heads: int, start: int) -> dict[str, Any]:
-        """The settings of `attention.rope` for this model."""
-        config = self.config
-        return {
-            "start": start,
-            "heads": heads,
-            "head_dim": config.head_dim,
-            "theta": config.rope_theta,
-            "scaling": config.rope_scaling,
-            "numerics": self.numerics,
-        }
-
-
-Pieces = Generator[Piece, None, Array]  # what a part yields, and the array it hands on
 
 
 def decoder_layer(
@@ -253,23 +194,7 @@ def after_embedding(
     """What `forward` returns, from the embedded tokens [S, D] on, with the head in blocks of the vocabulary."""
     hidden, positions, trace = embedding, jnp.arange(embedding.shape[0]), {}
     for index, layer in enumerate(layers):
-        stages, hidden = _collect(decoder_layer(layer, hidden, positions, Place(config, index, numerics)))
+        stages, hidden = collect(decoder_layer(layer, hidden, positions, Place(config, index, numerics)))
         trace[f"layer-{index}"] = ({} if index else {"embedding": embedding}) | stages
     x = ops.rms_norm(hidden, norm, eps=config.rms_norm_eps, numerics=numerics)
     return trace | {"final_norm": x, "lm_head": lm_head(x, iter(head), numerics)}
-
-
-def _collect(pieces: Pieces) -> tuple[dict[str, Array], Array]:
-    """Run a part to its end: its stages, whole, and what it hands on."""
-    found: dict[str, list[Array]] = {}
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            return {stage: join_blocks(blocks) for stage, blocks in found.items()}, end.value
-        found.setdefault(piece.stage, []).append(piece.value)
-
-
-def join_blocks(blocks: list[Array]) -> Array:
-    """Blocks of query rows [H, rows, S] into one."""
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxref.stages import DIMENSIONS, STAGES, Stage
+from jaxref.stage import DIMENSIONS, Stage
+from jaxref.stages import STAGES
 
 _HEAD = """# The stages
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxref.stages import STAGES, Key, Stage, keys_of, stage_named
+from jaxref.stage import Stage
+from jaxref.stages import STAGES, Key, keys_of, stage_named
 from weights import Config, UserError
 from weights.errors import brief
 

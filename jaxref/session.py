@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxref.devices import find_devices, memory_limit, out_of_memory_in_words
 from jaxref.memory import plan_for, size, trace_bytes
 from jaxref.mesh import TENSOR, make_mesh, parse_mesh
-from jaxref.model import Trace, after_embedding, join_blocks, lm_head, query_rows
+from jaxref.model import Trace, after_embedding, lm_head, query_rows
+from jaxref.pieces import join_blocks
 from jaxref.precision import Device, numerics_of
 from jaxref.reader import Reader, Warn, warn_on_stderr
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from jaxref.dump import Job, Report
 from jaxref.selection import Selection
-from jaxref.stages import DIMENSIONS, STAGES, Stage
+from jaxref.stage import DIMENSIONS, Stage
+from jaxref.stages import STAGES
 from jaxref.tree import stage_path
 from weights import Config, Tokenizer
 from weights.errors import printable

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxref.aprt import aprt_header, safetensors_header
-from jaxref.stages import Stage
+from jaxref.stage import Stage
 from jaxref.tree import stage_path
 from jaxref.writing import temporary_of
 from weights import UserError

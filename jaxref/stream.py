@@ -11,7 +11,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxref.mesh import to_host
-from jaxref.model import Piece, Pieces, Place, Routing, decoder_layer
+from jaxref.model import decoder_layer
+from jaxref.pieces import Piece, Pieces, Place, Routing
 from jaxref.precision import Device, Numerics
 from jaxref.reader import Reader, Warn, warn_on_stderr
 from jaxref.selection import Selection

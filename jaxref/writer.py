@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxref.memory import WAITING
-from jaxref.model import Piece
+from jaxref.pieces import Piece
 from jaxref.selection import take_rows
 from jaxref.stage_file import StageFile
 from jaxref.stages import STAGES

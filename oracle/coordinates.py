@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxref.stages import QKV, Stage, axis_size
+from jaxref.stage import QKV, Stage, axis_size
 
 # What people call a column of an axis.
 _WORDS = {"D": "dim", "F": "unit", "M": "unit", "V": "token id", "E": "expert", "A": "rank", "S": "key"}

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxref.activations import coarsest_activation
-from jaxref.stages import STAGES, Key, axis_size
+from jaxref.stage import axis_size
+from jaxref.stages import STAGES, Key
 from oracle.conventions import check_positions, of_model, recognise
 from oracle.coordinates import heads_of
 from oracle.layouts import View, single_position, view

@@ -8,7 +8,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from jaxref.dump import Job, Offer, Progress, Report, write_tree
-from jaxref.model import Piece
+from jaxref.pieces import Piece
 from oracle import hf
 from weights import UserError
 

@@ -37,6 +37,7 @@ class Hypothesis:
 
 NORMS = ("attn_norm", "ffn_norm", "final_norm")
 HEAD_NORMS = ("q_norm", "k_norm")
+ALL_NORMS = NORMS + HEAD_NORMS
 ROPE = ("q_post_rope", "k_post_rope")
 GATES, UPS = ("ffn_gate", "moe_expert_gate"), ("ffn_up", "moe_expert_up")
 OUTS = ("ffn_out", "moe_expert_out")
@@ -53,37 +54,33 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("embedding_scaled", ("embedding",), tries.times),
     Hypothesis("embedding_shifted", ("embedding",), ends.shifted),
     Hypothesis("embedding_tokens", ("embedding",), inputs.tokens),
-    Hypothesis("norm_eps", NORMS + HEAD_NORMS, tries.eps, generic=True),
+    Hypothesis("norm_eps", ALL_NORMS, tries.eps, generic=True),
     Hypothesis(
-        "eps_outside",
-        NORMS + HEAD_NORMS,
-        switch("eps is added to the root: x / (√mean(x²) + eps)", "root", outside="root"),
+        "eps_outside", ALL_NORMS, switch("eps is added to the root: x / (√mean(x²) + eps)", "root", outside="root")
     ),
     Hypothesis(
         "eps_outside",
-        NORMS + HEAD_NORMS,
+        ALL_NORMS,
         switch("eps is added to the reciprocal root: x · (1/√mean(x²) + eps)", "reciprocal", outside="reciprocal"),
     ),
-    Hypothesis("layer_norm", NORMS + HEAD_NORMS, switch("LayerNorm: the mean is subtracted", centre=True)),
-    Hypothesis("norm_sum", NORMS + HEAD_NORMS, switch("the sum of squares in place of their mean", size="sum")),
+    Hypothesis("layer_norm", ALL_NORMS, switch("LayerNorm: the mean is subtracted", centre=True)),
+    Hypothesis("norm_sum", ALL_NORMS, switch("the sum of squares in place of their mean", size="sum")),
     Hypothesis(
         "norm_absolute",
-        NORMS + HEAD_NORMS,
+        ALL_NORMS,
         switch("the mean absolute value in place of the root of the mean square", size="absolute"),
     ),
-    Hypothesis("norm_unrooted", NORMS + HEAD_NORMS, switch("the mean square without its root", size="unrooted")),
-    Hypothesis("norm_size_other", NORMS + HEAD_NORMS, norms.sizes),
+    Hypothesis("norm_unrooted", ALL_NORMS, switch("the mean square without its root", size="unrooted")),
+    Hypothesis("norm_size_other", ALL_NORMS, norms.sizes),
     Hypothesis("norm_partial", NORMS, norms.counted),
-    Hypothesis("norm_overflow", NORMS + HEAD_NORMS, overflow.squares),
-    Hypothesis("norm_rounded", NORMS + HEAD_NORMS, norms.unit),
-    Hypothesis(
-        "norm_weight_first", NORMS + HEAD_NORMS, switch("its weight is applied before the norm", weight_first=True)
-    ),
-    Hypothesis("norm_weight_missing", NORMS + HEAD_NORMS, switch("its weight is not applied", power=0)),
-    Hypothesis("norm_weight_twice", NORMS + HEAD_NORMS, switch("its weight is applied twice", power=2)),
+    Hypothesis("norm_overflow", ALL_NORMS, overflow.squares),
+    Hypothesis("norm_rounded", ALL_NORMS, norms.unit),
+    Hypothesis("norm_weight_first", ALL_NORMS, switch("its weight is applied before the norm", weight_first=True)),
+    Hypothesis("norm_weight_missing", ALL_NORMS, switch("its weight is not applied", power=0)),
+    Hypothesis("norm_weight_twice", ALL_NORMS, switch("its weight is applied twice", power=2)),
     Hypothesis("norm_weight_other", NORMS, tries.other_norm),
     Hypothesis("norm_weight_neighbour", ("attn_norm", "ffn_norm", *HEAD_NORMS), tries.neighbour),
-    Hypothesis("norm_one_plus_w", NORMS + HEAD_NORMS, switch("the weight is 1 + w, as in Gemma", plus_one=True)),
+    Hypothesis("norm_one_plus_w", ALL_NORMS, switch("the weight is 1 + w, as in Gemma", plus_one=True)),
     Hypothesis("norm_missing", ("attn_norm", "ffn_norm"), switch("the hidden state is not normed", skip=True)),
     Hypothesis("final_norm_missing", ("final_norm",), switch("the hidden state is not normed", skip=True)),
     Hypothesis("final_norm_missing", ("lm_head",), ends.unnormed),
@@ -158,9 +155,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("mask_other", ("attn_softmax",), masks.other, generic=True),
     Hypothesis("window", ("attn_softmax",), attention.window),
     Hypothesis(
-        "softmax_query_axis",
-        ("attn_softmax",),
-        switch("it sums to one over queries, not keys", over_queries=True),
+        "softmax_query_axis", ("attn_softmax",), switch("it sums to one over queries, not keys", over_queries=True)
     ),
     Hypothesis("softmax_masked_after", ("attn_softmax",), switch("it is masked after normalising", masked_after=True)),
     Hypothesis("softmax_undivided", ("attn_softmax",), switch("it is not divided by its sum", undivided=True)),
@@ -232,9 +227,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("moe_weights_twice", ("moe_ffn_out",), switch("an expert's weight is applied twice", power=2)),
     Hypothesis("moe_weights_missing", ("moe_ffn_out",), switch("experts are added without their weights", power=0)),
     Hypothesis(
-        "moe_weights_order",
-        ("moe_ffn_out",),
-        switch("the weights go to the experts in reversed order", backwards=True),
+        "moe_weights_order", ("moe_ffn_out",), switch("the weights go to the experts in reversed order", backwards=True)
     ),
     Hypothesis("moe_weights_order", ("moe_ffn_out",), experts.rolled),
     Hypothesis("moe_expert_lost", ("moe_ffn_out",), experts.lost),

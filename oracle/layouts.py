@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxref.stages import Stage, axis_size
+from jaxref.stage import Stage, axis_size
 from oracle.coordinates import column_names
 from oracle.tensor_file import TensorFile
 from oracle.trees import Tree

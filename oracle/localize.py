@@ -19,7 +19,7 @@ from oracle.case import Case, Unknown, Whole, rows_at
 from oracle.engine_tree import EngineTree, Value
 from oracle.local import NO_TOKENS, TELLS, Found, other_weights
 from oracle.measuring import Measuring, Visit
-from oracle.replay import EXACT
+from oracle.runner import EXACT
 from oracle.stored import one_type_wrong
 from oracle.trees import ordered
 from oracle.truth import Truth

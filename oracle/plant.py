@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxref.dump import PACKAGES, Job, Offer, Progress, Report, write_tree
-from jaxref.model import Piece
+from jaxref.pieces import Piece
 from jaxref.reader import Reader
 from jaxref.stages import STAGES, Key, keys_of
 from oracle.bench import Bench
 from oracle.case import Case, Unknown, Whole, narrowed
 from oracle.engine_tree import EngineTree, Value
 from oracle.hypotheses import HYPOTHESES, about
-from oracle.replay import EXACT, Replay
+from oracle.replay import Replay
+from oracle.runner import EXACT
 from oracle.tries import Try
 from weights import Checkpoint, UserError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jaxref.stages import QKV, STAGES
+from jaxref.stage import QKV
+from jaxref.stages import STAGES
 from oracle.coordinates import in_words
 from oracle.result import Comparison, Result
 from oracle.trees import Tree, path_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxref.stages import HIDDEN, STAGES, Key
+from jaxref.stages import HIDDEN, STAGES, Key, inputs_of
 from oracle.bench import Bench
 from oracle.case import INDICES, WHOLE
 from oracle.engine_tree import Value
@@ -31,7 +31,7 @@ _ROWS = 8192
 
 def other(bench: Bench) -> Iterator[Try]:
     """Every other tensor before the stage in place of each input that fits: of q, k and v the parts."""
-    for place, own in enumerate(bench.row.upstream(bench.config, bench.layer)):
+    for place, own in enumerate(inputs_of(bench.row, bench.config, bench.layer)):
         if isinstance(own, str) or own[1] == INDICES or (bench.x[place].ndim > 2 and bench.stage == "attention"):
             continue
         part = "start" in bench.settings and own[1] in _PACKED

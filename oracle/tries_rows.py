@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxref.stages import HIDDEN, STAGES
+from jaxref.stages import HIDDEN, STAGES, inputs_of
 from oracle.bench import Bench
 from oracle.case import INDICES
 from oracle.tries import Try
@@ -31,7 +31,7 @@ def moved(bench: Bench) -> Iterator[Try]:
         return
     if (words := _told(owners := _owners(right, bench.engine), tokens)) is not None:
         yield Try(_brief(owners, tokens), {"owners": owners}, words)
-    for place, key in enumerate(bench.row.upstream(bench.config, bench.layer) if bench.stage in SUMS else ()):
+    for place, key in enumerate(inputs_of(bench.row, bench.config, bench.layer) if bench.stage in SUMS else ()):
         part, name = bench.x[place], HIDDEN if bench.row.inputs[place] == HIDDEN else key[1]
         owners = _owners(part, bench.engine - bench.x[1 - place])
         if (words := _told(owners, tokens)) is not None:

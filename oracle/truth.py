@@ -9,13 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxref.model import Pieces, Place, Routing, decoder_layer
+from jaxref.model import decoder_layer
+from jaxref.pieces import Pieces, Place, Routing
 from jaxref.reader import Reader
-from jaxref.stages import STAGES, Key
+from jaxref.stages import STAGES, Key, inputs_of
 from oracle.case import Case, Whole
 from oracle.deviations import distance
 from oracle.engine_tree import Value
-from oracle.replay import EXACT, Replay
+from oracle.replay import Replay
+from oracle.runner import EXACT
 
 
 class Truth:
@@ -62,7 +64,7 @@ class Truth:
 
     def inherited(self, key: Key) -> float | None:
         """The greatest error of a stage's inputs."""
-        upstream = STAGES[key[1]].upstream(self.replay.config, key[0])
+        upstream = inputs_of(STAGES[key[1]], self.replay.config, key[0])
         return max((self.errors[name] for name in upstream if name in self.errors), default=None)  # type: ignore[index]
 
 

@@ -1,42 +1,21 @@
-"""The commands as people run them: what they print, and how they end when something is wrong."""
+"""The commands as people run them: what they print."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pty
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxref import stage_file
-from tests.trees import read_tree, tree_bytes, write_tree
+from tests.commands import ROOT, command, refused
+from tests.trees import tree_bytes, write_tree
 from weights import open_checkpoint
 from weights.tiny import tiny_config, write_random
-
-ROOT = Path(__file__).parent.parent
-
-
-def command(*words: object, module: str = "jaxref") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-
-
-def refused(*words: object, module: str = "jaxref") -> str:
-    """Run a command that must be refused: exit 2, one line on stderr, nothing on stdout."""
-    done = command(*words, module=module)
-    assert done.returncode == 2, done
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    return lines[0]
 
 
 def test_the_embedded_model_dumps_without_any_argument(tmp_path: Path) -> None:
@@ -98,80 +77,6 @@ def test_chat_and_tokens_file(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["tokens"] == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["dump", "/nowhere"], "no such model"),
-        (["dump", "acme/unheard-of"], "neither a folder here nor an id in the local"),
-        (["dump", "--tokens", "1,272"], "token ids [272] are outside the vocabulary"),
-        (["dump", "--tokens", "-1"], "outside the vocabulary"),
-        (["dump", "--tokens", ""], "at least one"),
-        (["dump", "--tokens", "1,,2"], "whole numbers between commas"),
-        (["dump", "--prompt", ""], "prompt is empty"),
-        (["dump", "--prompt", "a\udcff"], "not valid UTF-8"),
-        (["dump", "m" * 5000], "too long"),
-        (["dump", "--prompt", "a", "--tokens", "1"], "exclude each other"),
-        (["dump", "--tokens-file", "/nowhere"], "not readable as token ids"),
-        (["dump", "--stages", "q_norm"], "qwen2 has no stage q_norm"),
-        (["dump", "--stages", "nonsense"], "unknown stage 'nonsense'"),
-        (["dump", "--stages", "a,,b"], "empty name"),
-        (["dump", "--layers", "2..9"], "layers 0 to 3"),
-        (["dump", "--positions", "12"], "positions 0 to 11"),
-        (["dump", "--stages", "embedding", "--layers", "1"], "nothing to write"),
-        (["dump", "--dtype", "int8"], "'int8' is not one of"),
-        (["dump", "--device", "cuda"], "--device cuda"),
-        (["dump", "--frobnicate"], "No such option"),
-        (["nonsense"], "No such command"),
-        (["stages", "/nowhere"], "no such model"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, words: list[str], says: str) -> None:
-    if words[0] == "dump":
-        words = [*words, "--output", str(tmp_path / "tree")]
-    assert says in refused(*words)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_weights_commands_refuse_in_one_line(tmp_path: Path) -> None:
-    assert "no such shape" in refused("tiny", tmp_path / "m", "--like", "900b", module="weights")
-    assert "is a qwen2, not a qwen3" in refused(
-        "tiny", tmp_path / "m", "--arch", "qwen3", "--like", "7b", module="weights"
-    )
-    assert "no such model" in refused("inspect", "/nowhere", module="weights")
-    assert command("inspect", ROOT / "weights" / "embedded", module="weights").returncode == 0
-
-
-def test_a_folder_with_another_dump_is_refused(tmp_path: Path) -> None:
-    words = ["dump", "--output", tmp_path / "tree", "--stages", "attn_norm"]
-    assert command(*words, "--tokens", "1,2").returncode == 0
-    before = tree_bytes(tmp_path / "tree")
-    assert "another dump (tokens differ)" in refused(*words, "--tokens", "1,3")
-    assert "another dump (dtype differ)" in refused(*words, "--tokens", "1,2", "--dtype", "float64")
-    assert tree_bytes(tmp_path / "tree") == before
-    # The same run with other stages is welcome: the manifest then tells of both.
-    assert command(*words, "--tokens", "1,2", "--stages", "attn_out").returncode == 0
-    manifest = json.loads((tmp_path / "tree" / "manifest.json").read_text())
-    assert [e["stage"] for e in manifest["files"]] == ["attn_norm", "attn_out"] * 4
-
-
-def test_a_foreign_tree_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "layer-0").mkdir()
-    (tmp_path / "layer-0" / "attn_norm.bin").write_bytes(b"an engine's")
-    assert "another program's tree" in refused("dump", "--output", tmp_path)
-    assert (tmp_path / "layer-0" / "attn_norm.bin").read_bytes() == b"an engine's"
-
-
-@pytest.mark.parametrize("broken", ["", "[]", "{}", '{"schema": "other"}', '{"schema": "jaxref-tree-v1", "files": 3}'])
-def test_a_broken_manifest_is_one_line(tmp_path: Path, broken: str) -> None:
-    (tmp_path / "manifest.json").write_text(broken)
-    assert "manifest.json" in refused("dump", "--output", tmp_path)
-
-
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    assert "is a file, not a folder" in refused("dump", "--output", tmp_path / "file" / "tree")
-
-
 def test_a_nan_in_the_weights_is_a_warning_that_names_the_tensor(tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -185,71 +90,11 @@ def test_a_nan_in_the_weights_is_a_warning_that_names_the_tensor(tmp_path: Path)
     assert "layer-1/ffn_up.bin is the first with" in done.stdout
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path: Path, monkeypatch, zoo) -> None:
-    import shutil
-
-    from weights import UserError
-
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="the disk has 1,000 left"):
-        write_tree(zoo("qwen2"), tmp_path / "tree", [1, 2, 3])
-    assert not (tmp_path / "tree").exists()
-
-
-def test_a_disk_that_fills_up_leaves_no_half_file_and_the_same_dump_finishes(tmp_path, monkeypatch, zoo) -> None:
-    write_tree(zoo("qwen2"), tmp_path / "whole", [1, 2, 3])
-    put, calls = stage_file.StageFile._put, []
-
-    def full(self, data) -> None:
-        calls.append(1)
-        if len(calls) > 61:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        put(self, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage_file.StageFile, "_put", full)
-        with pytest.raises(OSError, match="No space left"):
-            write_tree(zoo("qwen2"), tmp_path / "tree", [1, 2, 3])
-    names = [path.name for path in (tmp_path / "tree").rglob("*") if path.is_file()]
-    assert "manifest.json" not in names
-    assert not [name for name in names if name.endswith(".tmp")]
-    assert ".unfinished.json" in names
-    # Two threads write, so how many files are whole varies a little; that each one is does not.
-    assert 28 <= len(read_tree(tmp_path / "tree")) <= 30
-    write_tree(zoo("qwen2"), tmp_path / "tree", [1, 2, 3])
-    assert tree_bytes(tmp_path / "tree") == tree_bytes(tmp_path / "whole")
-    assert not (tmp_path / "tree" / ".unfinished.json").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_jax_is_imported_waits_for_its_end(tmp_path: Path, number: int) -> None:
-    # Stands before JAX, whose modules in C end in a crash where Python code that they run is broken off.
-    (tmp_path / "jax.py").write_text(
-        f"import os, pathlib, sys\nos.kill(os.getpid(), {int(number)})\nfor _ in range(9**5): pass\n"
-        f"pathlib.Path(__file__).with_suffix('.whole').touch()\nsys.path.remove({str(tmp_path)!r})\n"
-        "del sys.modules['jax']\nimport jax\n"
-    )
-    words = [sys.executable, "-m", "jaxref", "dump", "tiny", "--output", str(tmp_path / "tree")]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (tmp_path / "jax.whole").exists()
-    assert (ended.returncode, ended.stderr.strip()) == (
-        130,
-        "error: interrupted; nothing half-written is left, the same command finishes it",
-    )
-
-
 @pytest.mark.parametrize("module", ["jaxref", "oracle", "weights"])
 def test_no_arguments_bring_the_help_as_it_is(module: str) -> None:
     done = command(module=module)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: ") and len(done.stderr.splitlines()) > 6
-
-
-def test_nothing_is_no_name(tmp_path: Path) -> None:
-    assert "--output" in refused("dump", "tiny", "--output", "")
-    assert "MODEL is empty" in refused("dump", "", "--output", tmp_path / "tree")
 
 
 def test_token_ids_come_by_commas_or_blanks(tmp_path: Path) -> None:
@@ -276,41 +121,6 @@ def test_help_needs_neither_jax_nor_numpy(module: str) -> None:
     code += "except SystemExit: print({'jax', 'numpy', 'gguf', 'rich'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1] == "set()"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_dump_leaves_no_manifest_and_no_half_file(tmp_path: Path, number: int) -> None:
-    write_random(tmp_path / "m", tiny_config("qwen2", "0.5b", 12, vocab_size=512))
-    words = [sys.executable, "-m", "jaxref", "dump", str(tmp_path / "m"), "--output", str(tmp_path / "tree")]
-    words += ["--tokens", ",".join(str(i) for i in range(400))]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT, text=True)
-    while not (tmp_path / "tree" / "layer-2").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1].startswith("error: interrupted")
-    assert "Traceback" not in err
-    files = [path for path in (tmp_path / "tree").rglob("*") if path.is_file()]
-    assert files and not [path for path in files if path.suffix == ".tmp" or path.name == "manifest.json"]
-    assert all(len(path.read_bytes()) % 4 == 0 for path in files if path.suffix == ".bin")
-    assert "another dump (tokens differ)" in refused(
-        "dump", tmp_path / "m", "--tokens", "1", "--output", tmp_path / "tree"
-    )
-    assert subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode == 0
-    assert (tmp_path / "tree" / "manifest.json").exists()
-
-
-def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path) -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m jaxref dump --output {tmp_path}/t | head -1",
-        shell=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.stderr == ""
-    assert done.stdout.startswith("embedded")
 
 
 def test_a_terminal_gets_a_progress_bar_and_a_table_that_fits(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from jaxref import devices
 from jaxref.devices import CUDA_FLAGS, find_devices, out_of_memory_in_words, prepare
-from tests.test_cli import refused
+from tests.commands import refused
 from weights import UserError
 
 

@@ -14,8 +14,8 @@ import pytest
 import jaxref
 from jaxref.generate import generate
 from jaxref.precision import numerics_of
+from tests.commands import ROOT, refused
 from tests.conftest import prompt
-from tests.test_cli import ROOT, refused
 from weights import open_checkpoint
 
 FLOAT32 = numerics_of("float32")

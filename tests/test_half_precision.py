@@ -12,7 +12,7 @@ import pytest
 
 import jaxref
 from jaxref.precision import Numerics, numerics_of
-from jaxref.stages import POSITIONS, STAGES, stages_of
+from jaxref.stages import POSITIONS, STAGES, inputs_of, stages_of
 from tests.conftest import prompt
 from tests.trees import distance, flat
 from weights import Checkpoint, open_checkpoint
@@ -70,7 +70,7 @@ def test_each_stage_has_their_bits_on_their_inputs(traces, dtype: str) -> None:
         for layer, stage in ((at, stage) for at in (0, 1) for stage in stages_of(config, at)):
             if stage.name in NOT_ALONE or stage.per_expert or stage.scope == "first":
                 continue
-            inputs = [theirs_at(theirs, source, numerics) for source in stage.upstream(config, layer)]
+            inputs = [theirs_at(theirs, source, numerics) for source in inputs_of(stage, config, layer)]
             found = stage.run(inputs, params.layers[layer], config, layer, numerics)
             shares[layer, stage.name] = same(found, theirs[f"layer-{layer}/{stage.name}"])
     assert len(shares) >= 24 and {key: share for key, share in shares.items() if share < 0.99} == {}

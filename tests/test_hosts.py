@@ -17,8 +17,8 @@ import pytest
 
 from jaxref.hosts import Hosts, parse_hosts
 from jaxref.transport import Way, listen_for, way_to
+from tests.commands import ROOT, refused
 from tests.conftest import prompt
-from tests.test_cli import ROOT, refused
 from tests.test_mesh import BOUNDS
 from tests.trees import distance, read_tree, write_tree
 from weights import UserError

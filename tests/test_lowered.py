@@ -13,7 +13,7 @@ import pytest
 import jaxref
 from jaxref.experts import _accumulate
 from jaxref.precision import numerics_of
-from jaxref.stages import STAGES, Key, keys_of
+from jaxref.stages import STAGES, Key, inputs_of, keys_of
 from tests.conftest import ZOO
 from weights import Config, config_from_dict, random_params
 from weights.names import EXPERTS, layer_rows, model_rows
@@ -52,7 +52,7 @@ def abstract(stage, config: Config, layer: int | None, numerics, count: int = CO
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where(name, shape))
 
     inputs = []
-    for key in stage.upstream(config, layer):
+    for key in inputs_of(stage, config, layer):
         if isinstance(key, str):
             inputs.append(shaped((count,), jnp.int32))
         else:

@@ -17,8 +17,8 @@ from jaxref.precision import numerics_of
 from jaxref.selection import Selection, parse_layers, parse_stages
 from jaxref.stages import STAGES, keys_of
 from jaxref.stream import stream
+from tests.commands import command, refused
 from tests.conftest import prompt
-from tests.test_cli import command, refused
 from tests.test_lowered import abstract, cases, config_of
 from tests.trees import read_tree, tree_bytes, write_tree
 from weights import Config, UserError, config_from_dict, open_checkpoint

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxref.mesh import parse_mesh, split_axis
+from tests.commands import ROOT, refused
 from tests.conftest import prompt
-from tests.test_cli import ROOT, refused
 from tests.test_memory import config_of
 from tests.trees import distance, read_tree
 from weights import UserError

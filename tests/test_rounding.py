@@ -25,7 +25,7 @@ from jaxref import attention
 from jaxref.experts import _accumulate
 from jaxref.feedforward import moe_ffn_out
 from jaxref.precision import Numerics, numerics_of
-from tests.test_cli import ROOT
+from tests.commands import ROOT
 from tests.trees import tree_bytes
 from weights import config_from_dict, random_params
 from weights.tiny import tiny_config

@@ -13,7 +13,7 @@ import pytest
 import jaxref
 from jaxref import model
 from jaxref.precision import numerics_of
-from jaxref.stages import POSITIONS, STAGES, TOKENS, keys_of
+from jaxref.stages import POSITIONS, STAGES, TOKENS, inputs_of, keys_of
 from tests.conftest import ZOO, prompt
 from tests.trees import distances, flat
 from weights import Config, config_from_dict, open_checkpoint, random_params
@@ -29,7 +29,7 @@ def run_table(params, tokens, config: Config, dtype: str) -> dict:
         words = {TOKENS: jnp.asarray(tokens), POSITIONS: jnp.arange(len(tokens))}
         for layer, name in keys_of(config):
             stage = STAGES[name]
-            inputs = [words[key] if isinstance(key, str) else made[key] for key in stage.upstream(config, layer)]
+            inputs = [words[key] if isinstance(key, str) else made[key] for key in inputs_of(stage, config, layer)]
             owner = params if layer is None or name == "embedding" else params.layers[layer]
             if stage.per_expert:
                 routed = made[layer, "moe_router_indices"]

@@ -9,73 +9,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from oracle.engines.llama_api import ERROR, EVAL, F32, I32, LOG, WARN, Batch, ContextParams, Tensor, load
+from oracle.engines.llama_nodes import BY_NAME, BY_WEIGHT, Node, pattern
 from weights.errors import UserError
 
 Emit = Callable[[int | None, str, np.ndarray], None]  # layer (None: whole model), stage, value in contract shape
 MISSING = ("ffn_silu",)
 # Settings of the engine that make it compute something else; what they are for is planting faults.
 KNOBS = ("rope_freq_base", "rope_freq_scale", "attention_type")
-
-
-class Node(NamedTuple):
-    """What tells a node of the graph from others: names repeat, so its operation counts, and for some its weight.
-
-    `{}` stands for the layer. Of several nodes of one stage, `part` says which of the contract's columns this one is.
-    """
-
-    stage: str
-    operation: str
-    name: str = ""
-    weight: str = ""
-    part: str = ""
-
-
-NODES = (
-    Node("embedding", "GET_ROWS", "embd"),
-    Node("attn_norm", "MUL", "attn_norm-{}"),
-    *(Node("qkv_matmul", "MUL_MAT", f"{part.upper()}cur-{{}}", part=part) for part in "qkv"),
-    *(Node("qkv_bias", "ADD", f"{part.upper()}cur-{{}}", part=part) for part in "qkv"),
-    Node("q_norm", "MUL", "Qcur_normed-{}"),
-    Node("k_norm", "MUL", "Kcur_normed-{}"),
-    Node("q_post_rope", "ROPE", "Qcur-{}"),
-    Node("k_post_rope", "ROPE", "Kcur-{}"),
-    Node("attn_scores", "MUL_MAT", "kq-{}"),
-    Node("attn_softmax", "SOFT_MAX", "kq_soft_max-{}"),
-    Node("attention", "CONT", "kqv_out-{}"),
-    Node("attn_out", "MUL_MAT", weight="blk.{}.attn_output.weight"),
-    Node("post_attn_residual", "ADD", "ffn_inp-{}"),
-    Node("ffn_norm", "MUL", "ffn_norm-{}"),
-    Node("ffn_gate", "MUL_MAT", "ffn_gate-{}"),
-    Node("ffn_up", "MUL_MAT", "ffn_up-{}"),
-    Node("ffn_swigl", "SWIGLU", "ffn_swiglu-{}"),
-    Node("ffn_out", "MUL_MAT", "ffn_out-{}"),
-    Node("moe_router_logits", "MUL_MAT", "ffn_moe_logits-{}"),
-    Node("moe_router", "DIV", "ffn_moe_weights_norm-{}"),
-    Node("moe_router_indices", "VIEW", "ffn_moe_topk-{}"),
-    Node("moe_expert_gate", "MUL_MAT_ID", "ffn_moe_gate-{}"),
-    Node("moe_expert_up", "MUL_MAT_ID", "ffn_moe_up-{}"),
-    Node("moe_expert_swigl", "SWIGLU", "ffn_moe_swiglu-{}"),
-    Node("moe_expert_out", "MUL_MAT_ID", "ffn_moe_down-{}"),
-    Node("moe_ffn_out", "ADD", "ffn_moe_out-{}"),
-    Node("moe_ffn_out", "CONT", "ffn_moe_out-{}"),  # of one expert, there is nothing to add
-    Node("post_ffn_residual", "ADD", "l_out-{}"),
-    Node("final_norm", "MUL", "result_norm"),
-    Node("lm_head", "MUL_MAT", "result_output"),
-)
-BY_NAME = {(node.operation, node.name): node for node in NODES if node.name}
-BY_WEIGHT = {(node.operation, node.weight): node for node in NODES if node.weight}
 
 
 def run(path: Path, tokens: Sequence[int], emit: Emit | None, *, threads: int = 2, **knobs: float) -> np.ndarray:
@@ -225,10 +176,10 @@ class _Watch:
         """The layer and the row of the table, if it has one."""
         tensor = pointer.contents
         operation = self.library.ggml_op_desc(pointer).decode()
-        name, layer = _pattern(tensor.name)
+        name, layer = pattern(tensor.name)
         node = BY_NAME.get((operation, name))
         if node is None and tensor.src[0]:
-            weight, layer = _pattern(Tensor.from_address(tensor.src[0]).name)
+            weight, layer = pattern(Tensor.from_address(tensor.src[0]).name)
             node = BY_WEIGHT.get((operation, weight))
         return None if node is None else (layer, node)
 
@@ -261,12 +212,3 @@ class _Watch:
             del self.parts[layer, node.stage]
         self.emit(0 if node.stage == "embedding" else layer, node.stage, value)
         self.last = node.stage
-
-
-def _pattern(name: bytes) -> tuple[str, int | None]:
-    """`attn_norm-3` or `blk.3.attn_output.weight` as the table has it, and the layer."""
-    text = name.decode(errors="replace")
-    found = re.search(r"(?<=-)\d+$|(?<=^blk\.)\d+(?=\.)", text)
-    if found is None:
-        return text, None
-    return f"{text[: found.start()]}{{}}{text[found.end() :]}", int(found[0])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from jaxref.dump import Job, Offer, Progress, Report, write_tree
-from jaxref.model import Piece
+from jaxref.pieces import Piece
 from oracle.engines import llama_api, llama_cpp
 from weights import UserError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxref.stages import QKV
+from jaxref.stage import QKV
 from oracle.coordinates import heads_of
 from oracle.layouts import Block, Pair
 

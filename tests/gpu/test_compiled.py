@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 
+from tests.commands import ROOT
 from tests.gpu.cards import CARDS
 from tests.gpu.compiled import DTYPES, SHORT, WHOLE
 from tests.gpu.conftest import HAS_PLUGIN
-from tests.test_cli import ROOT
 from tests.test_devices import clean_environment
 from tests.test_lowered import DOTS
 

@@ -12,7 +12,7 @@ from jaxref import few_rows, ops
 from jaxref.devices import find_devices
 from jaxref.precision import numerics_of
 from jaxref.session import Session
-from jaxref.stages import POSITIONS, STAGES, TOKENS, keys_of
+from jaxref.stages import POSITIONS, STAGES, TOKENS, inputs_of, keys_of
 from tests.conftest import prompt
 from tests.gpu.device import DEVICE
 from tests.trees import distance, distances
@@ -39,7 +39,7 @@ def test_each_stage_gives_the_values_of_the_cpu(zoo, name: str, dtype: str, coun
             row = STAGES[stage]
             if row.per_expert:
                 continue  # the same function as ffn_gate, ffn_up and ffn_out
-            inputs = [_input(made, key, count) for key in row.upstream(config, layer)]
+            inputs = [_input(made, key, count) for key in inputs_of(row, config, layer)]
             owner = params if layer is None or stage == "embedding" else params.layers[layer]
             both = []
             for place in (cpu, device):

@@ -12,9 +12,9 @@ import pytest
 from jaxref.devices import find_devices
 from jaxref.home import to_numpy
 from jaxref.session import Session
+from tests.commands import ROOT, command
 from tests.conftest import prompt
 from tests.gpu.device import DEVICE
-from tests.test_cli import ROOT, command
 from tests.trees import distance, flat, read_tree, tree_bytes
 from weights import UserError, open_checkpoint
 from weights.tiny import tiny_config, write_random

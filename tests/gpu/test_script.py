@@ -10,9 +10,9 @@ import sys
 import jax
 import numpy as np
 
+from tests.commands import ROOT
 from tests.gpu.models import write_fast
 from tests.gpu.table import figures
-from tests.test_cli import ROOT
 from weights import open_checkpoint
 
 

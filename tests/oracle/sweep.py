@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jaxref.stages import STAGES, keys_of
+from jaxref.stages import STAGES, inputs_of, keys_of
 from oracle.explain import Cause, Explained, explain
 from tests.conftest import prompt
 from tests.oracle.standin import FAULTS, Planted, run, struck_stages, write
@@ -167,7 +167,7 @@ def _shown(struck: set[str], lost: set[str], config: Config) -> set[str]:
     """The stages that are there and show what is wrong in these: these themselves, and for lost ones the next."""
     found = set(struck)
     for key in keys_of(config):
-        above = {name[1] for name in STAGES[key[1]].upstream(config, key[0]) if not isinstance(name, str)}
+        above = {name[1] for name in inputs_of(STAGES[key[1]], config, key[0]) if not isinstance(name, str)}
         if above & lost & found:
             found.add(key[1])
     return found - lost

@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from oracle.explain import Explained, explain
+from tests.commands import command
 from tests.conftest import prompt
 from tests.oracle.standin import run, write
 from tests.oracle.standin.planted import Planted
 from tests.oracle.sweep import SHORT, Models
-from tests.test_cli import command
 from weights import Checkpoint, open_checkpoint
 
 Model = tuple[dict, dict, Checkpoint]

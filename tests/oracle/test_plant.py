@@ -10,8 +10,8 @@ import pytest
 from oracle.explain import explain
 from oracle.hypotheses import about
 from oracle.plant import names
+from tests.commands import command, refused
 from tests.conftest import prompt
-from tests.test_cli import command, refused
 from tests.trees import read_tree
 from weights import open_checkpoint
 from weights.tiny import tiny_config, write_random

@@ -16,7 +16,7 @@ import pytest
 
 import jaxref
 from jaxref.precision import numerics_of
-from jaxref.stages import POSITIONS, STAGES, TOKENS, keys_of
+from jaxref.stages import POSITIONS, STAGES, TOKENS, inputs_of, keys_of
 from tests.conftest import YARN, prompt
 from tests.oracle.standin import EXTRAS, FAULTS, Planted, run, struck_stages, write
 from weights import Config, Params, config_from_dict
@@ -112,7 +112,7 @@ def replay(key: Key, trace: Trace, config: Config, params: Params) -> np.ndarray
     layer, name = key
     stage = STAGES[name]
     known = {TOKENS: jnp.array(WORDS), POSITIONS: jnp.arange(len(WORDS))}
-    inputs = [known[at] if isinstance(at, str) else jnp.array(trace[at]) for at in stage.upstream(config, layer)]
+    inputs = [known[at] if isinstance(at, str) else jnp.array(trace[at]) for at in inputs_of(stage, config, layer)]
     owner = params if stage.scope in ("first", "model") else params.layers[layer or 0]
     if name == "moe_ffn_out":
         inputs[2] = inputs[2].astype(jnp.int32)

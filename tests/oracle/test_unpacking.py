@@ -15,12 +15,12 @@ from oracle.blocks import PARTS, Blocks
 from oracle.explain import explain
 from oracle.localize import localize
 from oracle.unpacking import MISREADINGS, misreadings
+from tests.commands import command
 from tests.conftest import prompt
 from tests.gguf_writer import tokens as vocabulary
 from tests.gguf_writer import write_gguf
 from tests.oracle.standin import run, write
 from tests.oracle.standin.unpack import FAULTS, SIZES, unpack
-from tests.test_cli import command
 from weights import EMBEDDED, Checkpoint, open_checkpoint
 from weights.tiny import tiny_config, write_random
 
