@@ -145,6 +145,26 @@ def diff(a: Path, b: Path, limit: int, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("model")
+@click.argument("tensor")
+@click.argument("engine_file", type=FOLDER, required=False)
+@click.option("--rows", metavar="START..END", help="Which rows ENGINE_FILE has.  [default: all, or the first ones]")
+@click.option("--output", type=FOLDER, help="Write the tensor as the checkpoint has it, dequantised, to this .bin.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def weight(
+    model: str, tensor: str, engine_file: Path | None, rows: str | None, output: Path | None, as_json: bool
+) -> int:
+    """Compare one TENSOR of MODEL with what an engine unpacked of it, and say how it was misread.
+
+    TENSOR is its name in Hugging Face's or in GGUF's spelling, ENGINE_FILE its values [out, in] as APRT or safetensors.
+    Exit 0: the same, or rounded. 1: it differs. 2: wrong use.
+    """
+    from oracle.weight_command import run_weight
+
+    return run_weight(model, tensor, engine_file, rows, output, json_wanted=as_json)
+
+
+@main.command()
 @run_options
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
 def hf(**options: Any) -> None:

@@ -219,3 +219,10 @@ def print_diff(found: dict[str, Any]) -> None:
     for row in found["top_diffs"]:
         table.add_row(str(row["index"]), *(number(row[name]) for name in ("a", "b", "abs_diff")))
     out.print(table)
+
+
+def print_wrapped(out: Console, line: str, indent: int) -> None:
+    """A line between words, as wide as the console is, what is left of it `indent` blanks in."""
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    words = textwrap.wrap(legible(line), out.width, subsequent_indent=" " * indent, **options)
+    out.print(Text("\n".join(words), overflow="ignore", no_wrap=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from oracle.explain import MISREAD, Cause, Explained
 from oracle.floor import MARGIN
 from oracle.local import Fault, Found, Local
 from oracle.output import legible
-from oracle.report import SHORT, WIDTH
+from oracle.report import SHORT, WIDTH, print_wrapped
 from oracle.sentence import many
 from oracle.trees import path_of
 
@@ -32,20 +31,14 @@ def print_told(told: Explained) -> None:
     out.print()
     for line in _map(found):
         out.print(line, soft_wrap=True)
-    _wrapped(out, _legend(found), 0)
+    print_wrapped(out, _legend(found), 0)
     out.print()
     for fault in found.faults:
         for line in _block(fault, found, [cause for cause in told.causes if cause.stage == fault.stage]):
-            _wrapped(out, line, 12)
+            print_wrapped(out, line, 12)
     for line in _rest(found):
-        _wrapped(out, line, 2)
-    _wrapped(out, sentence(told), 2)
-
-
-def _wrapped(out: Console, line: str, indent: int) -> None:
-    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    words = textwrap.wrap(legible(line), out.width, subsequent_indent=" " * indent, **options)
-    out.print(Text("\n".join(words), overflow="ignore", no_wrap=True))
+        print_wrapped(out, line, 2)
+    print_wrapped(out, sentence(told), 2)
 
 
 def _map(found: Found) -> Iterator[Text]:

@@ -122,12 +122,13 @@ def bits(bench: Bench) -> Iterator[Try]:
     """The bfloat16 values of a matrix read as float16, or where it is stored in float16 the other way round."""
     for field in bench.row.params:
         half = bench.stored_as(field) in ("float16", "F16")
-        pick: Pick = lambda get, half=half: _misread(get(), half)  # noqa: E731
+        pick: Pick = lambda get, half=half: float_bits(get(), half)  # noqa: E731
         stored, other = ("float16", "bfloat16") if half else ("bfloat16", "float16")
         yield Try(field, {"w": {field: pick}}, f"the {stored} values of {field} are read as {other}")
 
 
-def _misread(matrix: np.ndarray, half: bool) -> np.ndarray:
+def float_bits(matrix: np.ndarray, half: bool) -> np.ndarray:
+    """The bits of bfloat16 values read as float16; of float16 ones (`half`) as bfloat16."""
     if half:
         return matrix.astype(np.float16).view(ml_dtypes.bfloat16).astype(np.float64)
     upper = matrix.astype(np.float32).view(np.uint32) >> 16  # which is a bfloat16

@@ -56,6 +56,7 @@ _BY_32 = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")  # numbers 
 _BY_256 = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
 _FROM_TABLES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")  # 256 as well
 QUANTISED = tuple(Kind[name] for name in (*_BY_32, *_BY_256, *_FROM_TABLES))
+EVERY = ".*."  # in the name of a stack: all experts
 # Values dequantised at once: the arrays that this takes on the way stay in the processor's cache.
 AT_ONCE = 1 << 16
 # Bytes of an expert's matrix: a stack of smaller ones is none, and its names would take far more memory than the file.
@@ -153,20 +154,26 @@ class GgufFile(OfMap):
         return _dequantised(raw, stored.kind, math.prod(shape[1:])).reshape(shape)
 
 
-def _named(gguf: str, whole: Stored) -> Iterator[tuple[str, Stored]]:
-    """A tensor under its Hugging Face name, a stack of experts as one tensor each; an unknown one under its own."""
+def hugging_face_name(gguf: str) -> str | None:
+    """What a tensor of a GGUF file is called in Hugging Face's checkpoints; of a stack of experts with `*` for them."""
     layer = re.match(r"blk\.(\d+)\.", gguf)
     number = layer[1] if layer else ""
     name = NAMES.get(gguf.replace(f"blk.{number}.", "blk.{layer}.", 1) if layer else gguf)
+    return None if name is None else name.format(layer=number, expert="*")
+
+
+def _named(gguf: str, whole: Stored) -> Iterator[tuple[str, Stored]]:
+    """A tensor under its Hugging Face name, a stack of experts as one tensor each; an unknown one under its own."""
+    name = hugging_face_name(gguf)
     if name is None:
         yield gguf, whole
-    elif "{expert}" not in name or len(whole.shape) != 3 or whole.nbytes < LEAST_EXPERT * whole.shape[0]:
-        yield name.format(layer=number, expert="*"), whole
+    elif EVERY not in name or len(whole.shape) != 3 or whole.nbytes < LEAST_EXPERT * whole.shape[0]:
+        yield name, whole
     else:
         count, size = whole.shape[0], whole.nbytes // whole.shape[0]
         for expert in range(count):
             yield (
-                name.format(layer=number, expert=expert),
+                name.replace(EVERY, f".{expert}."),
                 Stored(whole.shape[1:], whole.kind, whole.offset + expert * size),
             )
 

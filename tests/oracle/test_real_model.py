@@ -7,11 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
+from jaxref.aprt import aprt_header
 from oracle.blocks import PARTS
 from oracle.comparer import compare
 from oracle.explain import explain
 from oracle.report import as_text
 from oracle.rules import Options
+from tests.commands import ROOT, command
 from tests.oracle.faults import write
 from tests.trees import write_tree
 from weights import open_checkpoint
@@ -69,3 +71,8 @@ def test_an_engine_that_leaves_out_the_high_bits_of_q6_k_is_told_so(real_model, 
     assert cause.explanation is not None and cause.stage == "ffn_out" and len(cause.layers) == 12
     assert cause.explanation.text == "blocks of Q6_K: the high bits in qh are not used"
     assert any("12 products that read weights in Q6_K are all wrong, and the 109" in note for note in told.found.notes)
+    name = "model.layers.3.mlp.down_proj.weight"
+    wrong = open_checkpoint(copy).tensor(name)
+    (tmp_path / "mine.bin").write_bytes(aprt_header(3, wrong.shape) + wrong.tobytes())
+    done = command("weight", checkpoint.folder, "blk.3.ffn_down.weight", tmp_path / "mine.bin", module="oracle")
+    assert done.returncode == 1 and done.stdout in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,136 @@
+"""One tensor of a checkpoint as an engine holds it: the same, the same but for rounding, or another, and which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from weights import Checkpoint
+
+# Numbers that are compared at once.
+AT_ONCE = 1 << 21
+# How far from the checkpoint's value (times that value, times the greatest of its row) a value may be, the strictest
+# first. In float32 a block's scale, offset and minimum are applied in some order, each time with a rounding.
+ROUNDINGS = {
+    "none": (0.0, 0.0),
+    "float32": (2.0**-22, 2.0**-21),
+    "float16": (2.0**-10, 0.0),
+    "bfloat16": (2.0**-7, 0.0),
+}
+SUBNORMAL = 2.0**-24  # the smallest float16
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows of a tensor [rows, columns] as an engine has them, from row `first` on; a vector is one row."""
+
+    checkpoint: Checkpoint
+    name: str
+    values: np.ndarray
+    first: int = 0
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the whole tensor in the checkpoint."""
+        return matrix_shape(self.checkpoint.shape(self.name))
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are there."""
+        return len(self.values) == self.shape[0]
+
+    def right(self, start: int, stop: int, name: str | None = None) -> np.ndarray:
+        """Rows of this tensor (or of another one of its shape) in the checkpoint [rows, columns], in float64."""
+        return rows_of(self.checkpoint, name or self.name, start, stop)
+
+    def chunks(self, most: int | None = None) -> Iterator[tuple[int, int]]:
+        """Ranges of the tensor's rows, to be compared one after another; at most `most` rows in all."""
+        end = self.first + (len(self.values) if most is None else min(most, len(self.values)))
+        step = max(1, AT_ONCE // self.shape[1])
+        for start in range(self.first, end, step):
+            yield start, min(start + step, end)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The engine's values of these rows of the tensor, in float64."""
+        return self.values[start - self.first : stop - self.first].astype(np.float64)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor: a vector is one row, a stack of matrices one below the other."""
+    return (1, shape[0]) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
+
+
+def rows_of(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of a tensor as `matrix_shape` counts them, in float64."""
+    if len(checkpoint.shape(name)) == 2:
+        return checkpoint.tensor(name, start, stop).astype(np.float64)
+    whole = checkpoint.tensor(name)
+    return whole.reshape(matrix_shape(whole.shape))[start:stop].astype(np.float64)
+
+
+def rounding(found: np.ndarray, right: np.ndarray) -> str | None:
+    """The strictest of `ROUNDINGS` that accounts for the difference of two arrays [rows, columns], None for no one."""
+    wrong = {name: bool(beyond(found, right, name).any()) for name in ROUNDINGS}
+    return next((name for name in ROUNDINGS if not wrong[name]), None)
+
+
+def beyond(found: np.ndarray, right: np.ndarray, allowed: str) -> np.ndarray:
+    """Which values are further apart than a rounding makes them; NaN is like NaN alone."""
+    of_value, of_row = ROUNDINGS[allowed]
+    with np.errstate(all="ignore"):
+        bound = of_value * np.abs(right)
+        if of_row:
+            bound = bound + of_row * np.nanmax(np.abs(right), axis=1, initial=0.0, keepdims=True)
+        if allowed == "float16":
+            bound = bound + SUBNORMAL
+        same = (found == right) | (np.isnan(found) & np.isnan(right))
+        return ~same & ~(np.abs(found - right) <= bound)
+
+
+@dataclass
+class Difference:
+    """Figures over all rows that an engine has. `wrong` counts values that no rounding explains.
+
+    `worst` is (row, column, the engine's, the checkpoint's) where they are furthest apart, `places` counts what is
+    wrong by column.
+    """
+
+    count: int = 0
+    wrong: int = 0
+    wrong_rows: int = 0
+    squares: float = 0.0
+    reference: float = 0.0
+    worst: tuple[int, int, float, float] | None = None
+    places: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+
+    @property
+    def relative_l2(self) -> float:
+        """‖engine − checkpoint‖ / ‖checkpoint‖."""
+        return math.sqrt(self.squares / self.reference) if self.reference else math.inf if self.squares else 0.0
+
+
+def difference(held: Held) -> Difference:
+    """How far a tensor is from the checkpoint's."""
+    found, greatest = Difference(places=np.zeros(held.shape[1], int)), -1.0
+    for start, stop in held.chunks():
+        engine, right = held.rows(start, stop), held.right(start, stop)
+        wrong = beyond(engine, right, "bfloat16") & beyond(engine, right, "float32")
+        with np.errstate(all="ignore"):
+            apart = np.abs(engine - right)
+            found.squares += float(np.nansum(apart**2))
+            found.reference += float(np.nansum(right**2))
+        found.count += wrong.size
+        found.wrong += int(wrong.sum())
+        found.wrong_rows += int(wrong.any(axis=1).sum())
+        found.places += wrong.sum(axis=0)
+        apart = np.where(wrong, np.where(np.isfinite(apart), apart, np.inf), -1.0)
+        row, column = np.unravel_index(int(apart.argmax()), apart.shape)
+        if apart[row, column] > greatest:
+            greatest = float(apart[row, column])
+            place = (start + int(row), int(column))
+            found.worst = (*place, float(engine[row, column]), float(right[row, column]))
+    return found

@@ -1,0 +1,102 @@
+"""`python -m oracle weight`: opens a tensor and an engine's file of it, and writes what the checkpoint has."""
+
+from __future__ import annotations
+
+import json
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from jaxref.aprt import aprt_header
+from oracle.output import check_output, whole
+from oracle.tensor_file import open_tensor
+from oracle.weight import AT_ONCE, Held, matrix_shape, rows_of
+from oracle.weight_told import as_json, print_weight, tell
+from weights import Checkpoint, UserError, open_checkpoint
+from weights.errors import brief
+from weights.gguf_file import EVERY, hugging_face_name
+
+
+def run_weight(
+    model: str, tensor: str, engine_file: Path | None, rows: str | None, output: Path | None, *, json_wanted: bool
+) -> int:
+    """The whole command; its exit code. Raises `UserError` for what cannot be opened, compared or written."""
+    if engine_file is None and output is None:
+        raise UserError("nothing to do: name ENGINE_FILE to compare with, or --output FILE for the right values")
+    checkpoint = open_checkpoint(model)
+    name = tensor_named(checkpoint, tensor)
+    some = span(rows, matrix_shape(checkpoint.shape(name))[0])
+    if output is not None:
+        write_right(checkpoint, name, some, output)
+    if engine_file is None:
+        return 0
+    told = tell(open_held(checkpoint, name, engine_file, some))
+    if json_wanted:
+        print(json.dumps(as_json(told), allow_nan=False))
+    else:
+        print_weight(told)
+    return told.exit_code
+
+
+def tensor_named(checkpoint: Checkpoint, name: str) -> str:
+    """The checkpoint's tensor of this name, Hugging Face's or GGUF's. Raises `UserError` with the nearest names."""
+    known = checkpoint.tensor_names
+    theirs = hugging_face_name(name) or name
+    if theirs == "lm_head.weight":
+        theirs = checkpoint.head_name
+    if theirs in known:
+        return theirs
+    if EVERY in theirs:
+        one = theirs.replace(EVERY, ".0.")
+        raise UserError(f"{brief(name)} is a stack of experts; name one of them, like {one}")
+    near = get_close_matches(theirs, known, 3, 0.5) or known[:3]
+    raise UserError(f"{checkpoint.name} has no tensor {brief(name)}; it has {', '.join(near)}, …")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor, None for one of the whole model."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def span(text: str | None, count: int) -> tuple[int, int] | None:
+    """`START..END` (END exclusive) of `count` rows. Raises `UserError` for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d{1,18})\s*\.\.\s*(\d{1,18})\s*", text, re.ASCII)
+    start, stop = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not start < stop <= count:
+        raise UserError(f"rows {brief(text)}: START..END within 0..{count} was expected, END exclusive")
+    return start, stop
+
+
+def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, int] | None) -> Held:
+    """Read an engine's file of a tensor: all rows, the first ones, or those that are given.
+
+    Raises `UserError` where it is no such file, its header names another layer, or it holds no whole rows.
+    """
+    layer, file = open_tensor(path)
+    if layer is not None and layer != layer_of(name):
+        raise UserError(f"{path}: its header says layer {layer}, and {name} is another's")
+    (count, width), size = matrix_shape(checkpoint.shape(name)), int(file.values.size)
+    first, stop = rows or (0, min(size // width, count))
+    if not size or size != (stop - first) * width:
+        wanted = f"rows {first}..{stop}" if rows else "it or its first rows"
+        raise UserError(
+            f"{path}: holds {size} values; {name} is {list(checkpoint.shape(name))}, and {wanted} were expected"
+        )
+    return Held(checkpoint, name, np.asarray(file.values[:]).reshape(-1, width), first)
+
+
+def write_right(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None, path: Path) -> None:
+    """Write rows of a tensor as the checkpoint has them, as APRT. Raises `UserError` where it cannot."""
+    check_output(path, "APRT file", "weight.bin", re.compile(b"APRT"))
+    count, width = matrix_shape(checkpoint.shape(name))
+    start, stop = rows or (0, count)
+    step = max(1, AT_ONCE // width)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        file.write(aprt_header(layer_of(name), (stop - start, width)))
+        for row in range(start, stop, step):
+            file.write(rows_of(checkpoint, name, row, min(row + step, stop)).astype("<f4").tobytes())
