@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from jaxref.loaded import inside
-from jaxref.stages import stage_named
+from jaxref.stages import ALIASES, STAGES, stage_named
 from jaxref.tree import SUFFIXES
 from oracle.tensor_file import LAYER_FOLDER, READABLE
 from weights import UserError
@@ -44,7 +45,21 @@ def seems(folder: Path) -> str:
     if others := sorted({path.suffix for path in files} & set(_FOREIGN)):
         return f"; it holds {', '.join(others)}, and {READABLE}"
     names = [plain(path.name) for path in files if path.suffix in FORMS]
-    return f"; there is {names[0]}, and no stage is called so" if names else ""
+    flat = next((meant for name in names if (meant := _meant(name))), None)
+    return flat or (f"; there is {names[0]}, and no stage is called so" if names else "")
+
+
+def _meant(name: str) -> str | None:
+    """What a file's name like `layer-3_attn_norm.bin` says, which is read in a folder of its layer."""
+    stem, suffix = name.rsplit(".", 1)
+    held = [stage for stage in (*STAGES, *ALIASES) if stage in stem.lower()]
+    if not held:
+        return None
+    stage = max(held, key=len)
+    if (number := re.search(r"[0-9]{1,9}", stem.lower().replace(stage, " "))) is None:
+        return None
+    layer = int(number[0])
+    return f"; {name} seems to be {stage} of layer {layer}, which is read at layer-{layer}/{stage}.{suffix}"
 
 
 def _quietly(folder: Path) -> list[Path]:

@@ -196,7 +196,10 @@ def test_folders_and_files_that_are_no_tree(zoo, trees, tmp_path) -> None:
     (tmp_path / "npy" / "layer-0").mkdir(parents=True)
     np.save(tmp_path / "npy" / "layer-0" / "attn_norm.npy", np.zeros(3))
     (tmp_path / "trace.zip").touch()
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "Layer3_moe_expert_out.bin").touch()
     for folder, words in (
+        (tmp_path / "flat", "seems to be moe_expert_out of layer 3, which is read at layer-3/moe_expert_out.bin"),
         (tmp_path / "npy", "it holds .npy, and .bin (APRT, see docs/engines.md)"),
         (tmp_path / "trace.zip", "unpack it and give the folder"),
         (zoo("qwen2"), "it looks like a model"),
