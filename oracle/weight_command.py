@@ -29,7 +29,9 @@ def run_weight(
     name = tensor_named(checkpoint, tensor)
     some = span(rows, matrix_shape(checkpoint.shape(name))[0])
     if output is not None:
-        write_right(checkpoint, name, some, output)
+        count, width = write_right(checkpoint, name, some, output)
+        if engine_file is None:
+            print(f"{output}: {count} × {width} values of {name}, stored as {checkpoint.stored_as(name)}")
     if engine_file is None:
         return 0
     told = tell(open_held(checkpoint, name, engine_file, some))
@@ -90,8 +92,11 @@ def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, in
     return Held(checkpoint, name, np.asarray(file.values[:]).reshape(-1, width), first)
 
 
-def write_right(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None, path: Path) -> None:
-    """Write rows of a tensor as the checkpoint has them, as APRT. Raises `UserError` where it cannot."""
+def write_right(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None, path: Path) -> tuple[int, int]:
+    """Write rows of a tensor as the checkpoint has them, as APRT; how many, and their width.
+
+    Raises `UserError` where the file cannot be written, or is there and is no APRT.
+    """
     check_output(path, "APRT file", "weight.bin", re.compile(b"APRT"))
     count, width = matrix_shape(checkpoint.shape(name))
     start, stop = rows or (0, count)
@@ -100,3 +105,4 @@ def write_right(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None,
         file.write(aprt_header(layer_of(name), (stop - start, width)))
         for row in range(start, stop, step):
             file.write(rows_of(checkpoint, name, row, min(row + step, stop)).astype("<f4").tobytes())
+    return stop - start, width

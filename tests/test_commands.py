@@ -74,6 +74,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         done = run("-m", *words.split(), "--quiet", folder=folder)
         assert done.returncode == 0, done.stderr
+    done = run(*"-m oracle weight MODEL.gguf blk.3.ffn_down.weight --output mine.bin".split(), folder=folder)
+    assert done.stdout == "mine.bin: 96 × 112 values of model.layers.3.mlp.down_proj.weight, stored as F16\n"
     return folder
 
 
