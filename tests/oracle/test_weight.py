@@ -120,10 +120,16 @@ def put(path: Path, layer: int | None, values: np.ndarray) -> Path:
     return path
 
 
+def asked(model: object, name: str, file: Path | None = None, **options: Any) -> int:
+    """The command, in this process."""
+    options = {"rows": None, "output": None, "json_wanted": False} | options
+    return run_weight(str(model), name, file, **options)
+
+
 def test_some_rows_are_enough(model: Checkpoint, tmp_path: Path) -> None:
     right = model.tensor(DOWN).astype(np.float32)
     first, some = put(tmp_path / "first.bin", 2, right[:3]), put(tmp_path / "some.bin", None, 2 * right[4:7])
-    assert command("weight", "tiny", DOWN, first, module="oracle").returncode == 0
+    assert asked("tiny", DOWN, first) == 0
     done = command("weight", "tiny", DOWN, some, "--rows", "4..7", "--json", module="oracle")
     found = json.loads(done.stdout)
     assert (done.returncode, found["rows"], found["verdict"]) == (1, [4, 7], "differs")
@@ -133,30 +139,27 @@ def test_some_rows_are_enough(model: Checkpoint, tmp_path: Path) -> None:
 
 def test_the_right_values_are_written(model: Checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "weight.bin"
-    assert command("weight", "tiny", Q_PROJ, "--output", out, "--rows", "5..9", module="oracle").returncode == 0
+    assert asked("tiny", Q_PROJ, output=out, rows="5..9") == 0
     layer, values = read_aprt(out)
     np.testing.assert_array_equal(values, model.tensor(Q_PROJ, 5, 9).astype(np.float32).reshape(-1))
     assert layer == 2
-    save_file({"w": model.tensor(Q_PROJ).astype(np.float32)}, tmp_path / "w.safetensors")
-    assert command("weight", "tiny", Q_PROJ, tmp_path / "w.safetensors", module="oracle").returncode == 0
+    save_file({"w": model.tensor(Q_PROJ)}, tmp_path / "w.safetensors")  # in bfloat16
+    assert asked("tiny", Q_PROJ, tmp_path / "w.safetensors") == 0
 
 
-def test_a_gguf_is_asked_by_its_own_names(tmp_path: Path) -> None:
+def test_a_gguf_is_asked_by_its_own_names(tmp_path: Path, capsys) -> None:
     checkpoint = a_model(tmp_path / "model", "Q8_0", 1, "qwen3_moe")[1]
     path = checkpoint.folder
     expert = next(name for name in checkpoint.tensor_names if name.endswith(".experts.3.down_proj.weight"))
     layer = int(expert.split(".")[2])
-    right = checkpoint.tensor(expert)
     wrong = unpack("Q8_0", checkpoint.packed(expert, slice(None)), "unsigned")
-    assert command("weight", path, expert, put(tmp_path / "e.bin", layer, right), module="oracle").returncode == 0
-    done = command("weight", path, expert, put(tmp_path / "f.bin", layer, wrong), module="oracle")
-    assert done.returncode == 1 and "weight_unpacked: blocks of Q8_0: numbers are read as unsigned bytes" in " ".join(
-        done.stdout.split()
-    )
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert asked(path, expert, put(tmp_path / "e.bin", layer, checkpoint.tensor(expert))) == 0
+    assert asked(path, expert, put(tmp_path / "f.bin", layer, wrong)) == 1
+    said = capsys.readouterr().out
+    assert "weight_unpacked: blocks of Q8_0: numbers are read as unsigned bytes" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
     q = checkpoint.tensor("model.layers.0.self_attn.q_proj.weight")
-    words = ("weight", path, "blk.0.attn_q.weight", put(tmp_path / "q.bin", 0, q))
-    assert "the same values" in command(*words, module="oracle").stdout
+    assert asked(path, "blk.0.attn_q.weight", put(tmp_path / "q.bin", 0, q)) == 0
     stack = refused("weight", path, f"blk.{layer}.ffn_down_exps.weight", tmp_path / "e.bin", module="oracle")
     assert "a stack of experts; name one of them, like" in stack
 
@@ -200,8 +203,7 @@ def test_what_is_wrong_is_told(model: Checkpoint, tmp_path: Path, name: str, giv
     put(tmp_path / "odd.bin", 2, np.zeros(7))
     put(tmp_path / "layer.bin", 1, np.zeros((2, width)))
     (tmp_path / "notes.txt").write_text("mine")
-    options: dict[str, Any] = {"engine_file": None, "rows": None, "output": None}
-    options |= {key: value if key == "rows" else tmp_path / value for key, value in given.items()}
+    options = {key: value if key == "rows" else tmp_path / value for key, value in given.items()}
     with pytest.raises(UserError, match=says):
-        run_weight("tiny", name, **options, json_wanted=False)
+        asked("tiny", name, options.pop("engine_file", None), **options)
     assert (tmp_path / "notes.txt").read_text() == "mine"
