@@ -56,6 +56,8 @@ def _meant(name: str) -> str | None:
     if not held:
         return None
     stage = max(held, key=len)
+    if stage_named(stage).scope == "model":
+        return f"; {name} seems to be {stage}, which is read at {stage}.{suffix}"
     if (number := re.search(r"[0-9]{1,9}", stem.lower().replace(stage, " "))) is None:
         return None
     layer = int(number[0])

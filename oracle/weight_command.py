@@ -25,16 +25,19 @@ def run_weight(
     """The whole command; its exit code. Raises `UserError` for what cannot be opened, compared or written."""
     if engine_file is None and output is None:
         raise UserError("nothing to do: name ENGINE_FILE to compare with, or --output FILE for the right values")
+    if engine_file is None and json_wanted:
+        raise UserError("--json tells of a comparison: name ENGINE_FILE to compare with")
     checkpoint = open_checkpoint(model)
     name = tensor_named(checkpoint, tensor)
     some = span(rows, matrix_shape(checkpoint.shape(name))[0])
+    held = None if engine_file is None else open_held(checkpoint, name, engine_file, some)
     if output is not None:
         count, width = write_right(checkpoint, name, some, output)
-        if engine_file is None:
+        if held is None:
             print(f"{output}: {count} × {width} values of {name}, stored as {checkpoint.stored_as(name)}")
-    if engine_file is None:
+    if held is None:
         return 0
-    told = tell(open_held(checkpoint, name, engine_file, some))
+    told = tell(held)
     if json_wanted:
         print(json.dumps(as_json(told), allow_nan=False))
     else:
@@ -95,9 +98,9 @@ def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, in
 def write_right(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None, path: Path) -> tuple[int, int]:
     """Write rows of a tensor as the checkpoint has them, as APRT; how many, and their width.
 
-    Raises `UserError` where the file cannot be written, or is there and is no APRT.
+    Raises `UserError` where the file cannot be written, or is there: it may be an engine's.
     """
-    check_output(path, "APRT file", "weight.bin", re.compile(b"APRT"))
+    check_output(path, "empty file", "weight.bin", re.compile(b"(?!)"))
     count, width = matrix_shape(checkpoint.shape(name))
     start, stop = rows or (0, count)
     step = max(1, AT_ONCE // width)

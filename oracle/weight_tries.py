@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -98,11 +98,14 @@ def _misread(held: Held, kind: str, read: Read, start: int, stop: int) -> np.nda
 
 
 def _other_order(held: Held) -> Iterator[Reading]:
-    count, width = held.shape
+    count = held.shape[0]
+
+    @cache
+    def whole() -> np.ndarray:
+        return held.right(0, count).T.reshape(held.shape)
 
     def transposed(start: int, stop: int) -> np.ndarray:
-        flat = held.right(0, count).T.reshape(-1)
-        return flat[start * width : stop * width].reshape(-1, width)
+        return whole()[start:stop]
 
     if min(held.shape) > 1:
         yield Reading("weight_transposed", "it lies transposed, [in, out]", transposed)

@@ -198,7 +198,10 @@ def test_folders_and_files_that_are_no_tree(zoo, trees, tmp_path) -> None:
     (tmp_path / "trace.zip").touch()
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "Layer3_moe_expert_out.bin").touch()
+    (tmp_path / "end").mkdir()
+    (tmp_path / "end" / "7_lm_head.bin").touch()
     for folder, words in (
+        (tmp_path / "end", "7_lm_head.bin seems to be lm_head, which is read at lm_head.bin"),
         (tmp_path / "flat", "seems to be moe_expert_out of layer 3, which is read at layer-3/moe_expert_out.bin"),
         (tmp_path / "npy", "it holds .npy, and .bin (APRT, see docs/engines.md)"),
         (tmp_path / "trace.zip", "unpack it and give the folder"),

@@ -88,6 +88,16 @@ def test_roundings_are_told_from_faults(model: Checkpoint) -> None:
     assert rounding(one, one) == "none"  # the checkpoint's own NaN
 
 
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_made_of_what_float32_rounded(model: Checkpoint, half: type) -> None:
+    right = model.tensor(DOWN).astype(np.float64) * 1.003  # which neither type holds
+    right[0, 1] = 1e-6 * np.abs(right[0]).max()  # where a scale's and a minimum's terms nearly cancel
+    for off, left in ((2.0**-22, np.dtype(half).name), (2.0**-19, None)):
+        values = right.copy()
+        values[0, 1] += off * np.abs(right[0]).max()
+        assert rounding(values.astype(half).astype(np.float64), right) == left
+
+
 @pytest.mark.parametrize(
     ("name", "change", "hypothesis", "says"),
     [
@@ -194,7 +204,10 @@ def test_what_places_in_a_block_are_wrong(capsys, rows: slice, columns: list[int
         (DOWN, {"engine_file": "w.bin", "rows": "0..3"}, r"rows 0\.\.3 were expected"),
         (DOWN, {"engine_file": "odd.bin"}, "holds 7 values"),
         (DOWN, {"engine_file": "layer.bin"}, "its header says layer 1"),
-        (DOWN, {"output": "notes.txt"}, "is no APRT file, so it is not replaced"),
+        (DOWN, {"output": "notes.txt"}, "so it is not replaced"),
+        (DOWN, {"engine_file": "w.bin", "output": "w.bin"}, "so it is not replaced"),
+        (DOWN, {"engine_file": "missing.bin", "output": "new.bin"}, "missing.bin"),
+        (DOWN, {"output": "new.bin", "json_wanted": True}, "--json tells of a comparison"),
     ],
 )
 def test_what_is_wrong_is_told(model: Checkpoint, tmp_path: Path, name: str, given: dict, says: str) -> None:
@@ -203,7 +216,8 @@ def test_what_is_wrong_is_told(model: Checkpoint, tmp_path: Path, name: str, giv
     put(tmp_path / "odd.bin", 2, np.zeros(7))
     put(tmp_path / "layer.bin", 1, np.zeros((2, width)))
     (tmp_path / "notes.txt").write_text("mine")
-    options = {key: value if key == "rows" else tmp_path / value for key, value in given.items()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    options = {key: tmp_path / value if key in ("engine_file", "output") else value for key, value in given.items()}
     with pytest.raises(UserError, match=says):
         asked("tiny", name, options.pop("engine_file", None), **options)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
