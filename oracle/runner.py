@@ -102,8 +102,9 @@ class Runner:
             rows = np.nonzero(case.experts == number)
             params = self.expert(int(case.key[0] or 0), int(number), numerics)
             with EXACT.context():
-                inputs: list[Any] = [np.asarray(x[rows], numerics.compute)]
+                inputs: list[Any] = [_padded(np.asarray(x[rows], numerics.compute))]
                 out = np.asarray(stage.run(inputs, params, self.config, case.key[0], numerics, **changes))
+                out = out[: len(rows[0])]
             if found is None:
                 found = np.zeros((*case.experts.shape, out.shape[-1]))
             found[rows] = out
@@ -123,6 +124,12 @@ class Runner:
         if not self.q8:
             return narrow
         return Expert(**{field: self._weight(w, names[field]) for field, w in vars(narrow).items()})
+
+
+def _padded(x: np.ndarray) -> np.ndarray:
+    """Rows of zeros after these, up to 8, 16, 32, ...: each number of rows is a program of its own to compile."""
+    rows = max(8, 1 << (len(x) - 1).bit_length())
+    return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
 
 
 def _narrowed(params: Any, numerics: Numerics) -> Any:
