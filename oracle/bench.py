@@ -10,7 +10,7 @@ import numpy as np
 from jaxref.stages import STAGES
 from oracle.blocks import Blocks, Read
 from oracle.case import Case, rows_at
-from oracle.deviations import distance, drift, visible
+from oracle.deviations import drift, relative, visible
 from oracle.engine_tree import Value
 from oracle.replay import Replay
 from oracle.stored import tensor_name
@@ -64,6 +64,11 @@ class Bench:
         return self.error({}) if self._seen is None else self._seen
 
     @cached_property
+    def shown_at(self) -> np.ndarray:
+        """Where the engine's rows are finite and comparable."""
+        return visible(self.stage, self.engine, self.case.positions) & np.isfinite(self.engine)
+
+    @cached_property
     def lost(self) -> np.ndarray:
         """Where the engine's rows are not finite and should be."""
         lost = ~np.isfinite(self.engine) & visible(self.stage, self.engine, self.case.positions)
@@ -93,12 +98,13 @@ class Bench:
         try:
             with np.errstate(all="ignore"):
                 found = run()
-                shown = visible(self.stage, self.engine, self.case.positions) & np.isfinite(self.engine)
-                if not np.isfinite(found[shown]).all() or np.isfinite(found[self.lost]).any():
+                if found.shape != self.engine.shape or not np.isfinite(found[self.shown_at]).all():
                     return float("inf")  # the distance is over what is finite in both
+                if np.isfinite(found[self.lost]).any():
+                    return float("inf")
                 stored = found.astype(self.replay.emulated.compute).astype(np.float64)
                 # A value that the engine rounded once is that of the right variant rounded, to the bit.
-                return min(distance(self.stage, self.engine, x, self.case.positions) for x in (found, stored))
+                return min(relative(self.engine, x, self.shown_at & np.isfinite(x)) for x in (found, stored))
         except (TypeError, ValueError, IndexError, KeyError, FloatingPointError):
             return float("inf")  # shapes that do not go together: this is not what the engine did
 

@@ -25,11 +25,17 @@ def distance(stage: str, test: np.ndarray, exact: np.ndarray, at: tuple[int, ...
     """Relative L2 over what is comparable and finite in both; infinite for other shapes."""
     if test.shape != exact.shape:
         return math.inf
+    return relative(test, exact, np.isfinite(test) & np.isfinite(exact) & visible(stage, exact, at))
+
+
+def relative(test: np.ndarray, exact: np.ndarray, keep: np.ndarray) -> float:
+    """Relative L2 of two arrays of one shape over what is kept [of their shape]."""
     with np.errstate(all="ignore"):
-        keep = np.isfinite(test) & np.isfinite(exact) & visible(stage, exact, at)
-        difference = np.linalg.norm(np.where(keep, test - exact, 0.0))
-        size = np.linalg.norm(np.where(keep, exact, 0.0))
-    return float(difference / size) if size else (math.inf if difference else 0.0)
+        difference = test - exact
+        if not keep.all():
+            difference, exact = np.where(keep, difference, 0.0), np.where(keep, exact, 0.0)
+        off, size = np.linalg.norm(difference), np.linalg.norm(exact)
+    return float(off / size) if size else (math.inf if off else 0.0)
 
 
 def drift(test: np.ndarray, exact: np.ndarray) -> float:

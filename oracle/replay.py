@@ -131,9 +131,8 @@ class Replay(Runner):
     def _gather(self, key: Key, values: list[Value | str]) -> Case | Unknown:
         stage = key[1]
         rowwise = [v for i, v in enumerate(values) if isinstance(v, Value) and (stage, i) not in WHOLE]
-        positions = set(range(self.engine.count))
-        for value in rowwise:
-            positions &= set(value.positions)
+        alike = {value.positions for value in rowwise}
+        positions = set(range(self.engine.count)).intersection(*alike)
         experts = None
         through = [name for v in values if isinstance(v, Value) for name in v.through]
         if STAGES[stage].per_expert:

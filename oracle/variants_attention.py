@@ -68,7 +68,7 @@ def attn_scores(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     q, k = (a.reshape(len(a), -1, h) for a in x)
     kv_map = s.get("kv_map", np.arange(q.shape[1]) // (q.shape[1] // K))
     scale = s.get("scale", h**-0.5) * s.get("times", 1.0)
-    raw = np.einsum("sjh,tjh->jst", q, k[:, kv_map], optimize=True)
+    raw = q.transpose(1, 0, 2) @ k[:, kv_map].transpose(1, 2, 0)
     if "product" in s:
         raw = nearest(raw, s["product"], s["shown"] / scale) if "shown" in s else held(raw, s["product"])
     return capped(raw * scale, s)
@@ -123,7 +123,7 @@ def attention(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
     heads, K, h = x[0].shape[0], s["kv_heads"], s["head_dim"]
     v = x[1][:, s["start"] : s["start"] + K * h].reshape(-1, K, h)
     kv_map = s.get("kv_map", np.arange(heads) // (heads // K))
-    mixed = np.einsum("jst,tjh->sjh", x[0], v[:, kv_map], optimize=True)
+    mixed = (x[0] @ v[:, kv_map].transpose(1, 0, 2)).transpose(1, 0, 2)
     mixed = mixed.swapaxes(0, 1).reshape(mixed.shape) if s.get("unmerged") else mixed
     mixed = mixed.swapaxes(1, 2) if s.get("by_dim") else mixed
     mixed = mixed[:, s["order"]] if "order" in s else mixed
