@@ -5,6 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := demo-trace
 FAULT ?= rope_interleaved
 WORKERS ?= 2
+COMPILED := .venv/compiled
 
 .PHONY: demo test test-oldest lint clean
 
@@ -16,8 +17,14 @@ demo: .venv/installed
 
 # One thread a worker: two threads on tiny matrices wait for each other wherever another worker has a core.
 # Who has no test left takes some of another's: without that a worker waited for the other's sweeps at the end.
+# What one worker compiled the others, and the commands that they start, take from a folder that each run begins anew.
+test: export OMP_NUM_THREADS := 1
+test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(COMPILED)
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 test: .venv/tested lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	rm -rf $(COMPILED)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: .venv/tested
 	$(BIN)/ruff check .
