@@ -11,16 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxref.aprt import open_aprt, open_safetensors
+from jaxref.aprt import open_aprt
 from jaxref.named import Named
+from jaxref.npy import open_npy
+from jaxref.safetensors_stages import open_safetensors
 from jaxref.stages import ALIASES, STAGES
-from jaxref.tree import MANIFEST, SUFFIXES, UNFINISHED, read_manifest
+from jaxref.tree import MANIFEST, UNFINISHED, read_manifest
 from weights import UserError
 from weights.errors import brief, plain
 from weights.safetensors_file import MOST_AXES
 
 _ORDER = {name: place for place, name in enumerate(STAGES)}
 _FIGURES = ("min", "max", "rms")
+# Files whose place alone says of which layer they are.
+PLACED = {".safetensors": open_safetensors, ".npy": open_npy}
+FORMS = (".bin", *PLACED)  # what is read in a tree
 _LAYER = re.compile(r"layer-([0-9]{1,9})")
 
 
@@ -182,7 +187,7 @@ def _stage_files(folder: Path) -> dict[str, Path]:
     """Stage → file of one folder; a name that is no stage is kept as it is."""
     found: dict[str, Path] = {}
     for path in inside(folder):
-        if path.name.startswith(".") or path.suffix.removeprefix(".") not in SUFFIXES.values():
+        if path.name.startswith(".") or path.suffix not in FORMS:
             continue
         name = _canonical(path.stem)
         if name in found:
@@ -193,9 +198,9 @@ def _stage_files(folder: Path) -> dict[str, Path]:
 
 
 def _mapped(path: Path, layer: int | None, stage: str) -> np.ndarray:
-    """The values of an APRT (flat) or safetensors file (in its own shape)."""
-    if path.suffix == ".safetensors":
-        return np.asarray(open_safetensors(path).map())
+    """The values of an APRT (flat), .npy or safetensors file (in its own shape)."""
+    if path.suffix in PLACED:
+        return np.asarray(PLACED[path.suffix](path).map())
     stated, values = open_aprt(path)
     # An engine may call the embedding a stage of layer 0 or of the whole model; nothing else is ambiguous.
     if stated != layer and stage != "embedding":

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxref.aprt import aprt_header, safetensors_header
+from jaxref.aprt import aprt_header
+from jaxref.safetensors_stages import safetensors_header
 from jaxref.stage import Stage
 from jaxref.tree import stage_path
 from jaxref.writing import temporary_of

@@ -59,6 +59,9 @@ def main() -> None:
 def compare(as_json: bool, junit: Path | None, html: Path | None, **options: Any) -> int:
     """Compare the tree TEST with the tree REFERENCE, stage by stage.
 
+    A tree is a folder of .bin (APRT), .npy or .safetensors files, or one .safetensors file with names like
+    layer-0/attn_norm; REFERENCE needs the manifest of a dump.
+
     Exit 0: all agree. 1: something diverges. 2: wrong use, or stages are missing.
     """
     from oracle import page, records, report
@@ -110,7 +113,8 @@ def _positions(text: str | None) -> tuple[int, ...] | None:
 def localize(**options: Any) -> int:
     """Find every stage that ENGINE_TREE computes wrongly from its own inputs, whatever it inherited.
 
-    MODEL is the checkpoint that the engine ran. Exit 0: clean. 1: faulty. 2: wrong use, or stages cannot be replayed.
+    MODEL is the checkpoint that the engine ran, ENGINE_TREE a folder of .bin (APRT), .npy or .safetensors files, or one
+    .safetensors file with names like layer-0/attn_norm. Exit 0: clean. 1: faulty. 2: wrong use, or stages cannot be replayed.
     """
     options["positions"] = _positions(options["positions"])
     return run_replay(options, explained=False)

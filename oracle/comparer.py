@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 from jaxref.stages import STAGES, Key
 from oracle import experts
@@ -17,6 +16,7 @@ from oracle.measure import Stagewise, measure, worst_place
 from oracle.result import Comparison, Result, Skip
 from oracle.rules import Options, rules_of
 from oracle.same import same_run
+from oracle.sources import Given
 from oracle.trees import Tree, ordered
 from oracle.verdict import Judgement, Yardstick, judge
 from weights import UserError
@@ -27,9 +27,7 @@ WORKERS = 2
 AFTER_TIE = 0.5
 
 
-def compare(
-    reference: str | Path, test: str | Path, hf: str | Path | None = None, options: Options | None = None
-) -> Result:
+def compare(reference: Given, test: Given, hf: Given | None = None, options: Options | None = None) -> Result:
     """Compare the tree TEST with the tree REFERENCE, stage by stage, with HF as the yardstick of rounding noise.
 
     A file of another shape than the reference's model gives it counts as missing, with the reason.

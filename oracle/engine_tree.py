@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from oracle.conventions import check_positions, of_model, recognise
 from oracle.coordinates import heads_of
 from oracle.layouts import View, single_position, view
 from oracle.same import stated_weights
+from oracle.sources import Given
 from oracle.trees import Tree
 from weights import Checkpoint, UserError
 from weights.errors import listed
@@ -59,25 +59,25 @@ class EngineTree:
 
     def __init__(
         self,
-        folder: str | Path,
+        given: Given,
         checkpoint: Checkpoint,
         tokens: Sequence[int] | None = None,
         positions: tuple[int, ...] | None = None,
         role: str = "engine",
     ) -> None:
-        self.tree = Tree(folder, role, positions)
+        self.tree = Tree(given, role, positions)
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.notes: list[str] = []
-        stated = self.tree.tokens
+        stated, where = self.tree.tokens, self.tree.folder
         if stated is not None and tokens is not None and list(tokens) != stated:
-            raise UserError(f"{folder}: its manifest holds other tokens than the ones given: {_apart(stated, tokens)}")
+            raise UserError(f"{where}: its manifest holds other tokens than the ones given: {_apart(stated, tokens)}")
         self.tokens = list(tokens) if tokens is not None else stated
         if outside := [token for token in self.tokens or () if not 0 <= token < self.config.vocab_size]:
             last = self.config.vocab_size - 1
-            raise UserError(f"{folder}: its token ids {outside[:8]} are outside the model's vocabulary, 0 to {last}")
+            raise UserError(f"{where}: its token ids {outside[:8]} are outside the model's vocabulary, 0 to {last}")
         made_of = stated_weights(self.tree)
         if made_of and (others := differing(checkpoint.identity(), made_of)):
-            words = f"{folder} was made from other bytes of {listed(others)} than the model's"
+            words = f"{where} was made from other bytes of {listed(others)} than the model's"
             self.notes.append(f"weights differ: {words}")
         self.notes += of_model(self.tree, self.config)
         self.keys = [key for key in self.tree.files if STAGES[key[1]].exists(self.config, key[0])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from oracle.local import Found, Local
 from oracle.localize import localize
 from oracle.replay import Replay
 from oracle.routing import rule_of
+from oracle.sources import Given
 from oracle.winner import Memory, best
 from weights import Checkpoint
 
@@ -59,7 +59,7 @@ class Explained:
 
 def explain(
     checkpoint: Checkpoint,
-    folder: str | Path,
+    tree: Given,
     tokens: Sequence[int] | None = None,
     *,
     progress: Callable[[int], None] = lambda layer: None,
@@ -72,7 +72,7 @@ def explain(
     def visit(replay: Replay, case: Case, row: Local, engine: np.ndarray) -> None:
         causes.append(_cause(replay, case, row, engine, memory))
 
-    found = localize(checkpoint, folder, tokens, progress=progress, visit=visit, **options)
+    found = localize(checkpoint, tree, tokens, progress=progress, visit=visit, **options)
     found.notes.extend(memory.notes())
     order = [fault.stage for fault in found.faults]
     rows = {row.key: row for row in found.locals}

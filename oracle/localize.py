@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from oracle.engine_tree import EngineTree, Value
 from oracle.local import NO_TOKENS, TELLS, Found, other_weights
 from oracle.measuring import Measuring, Visit
 from oracle.runner import EXACT
+from oracle.sources import Given
 from oracle.stored import one_type_wrong
 from oracle.trees import ordered
 from oracle.truth import Truth
@@ -29,23 +29,23 @@ from weights import Checkpoint, UserError
 
 def localize(
     checkpoint: Checkpoint,
-    folder: str | Path,
+    tree: Given,
     tokens: Sequence[int] | None = None,
     *,
     numerics: str | None = None,
-    hf: str | Path | None = None,
+    hf: Given | None = None,
     positions: tuple[int, ...] | None = None,
     progress: Callable[[int], None] = lambda layer: None,
     visit: Visit | None = None,
 ) -> Found:
-    """Replay every stage of the tree in `folder` on its own upstream tensors.
+    """Replay every stage of an engine's `tree` on its own upstream tensors.
 
     `numerics` is one of `f32 f16 bf16 q8`, or guessed. `hf` is a tree whose local errors, where greater, raise the
     floor, except where it is faulty itself. Raises `UserError` for trees that do not fit the model or each other.
     """
-    engine = EngineTree(folder, checkpoint, tokens, positions)
+    engine = EngineTree(tree, checkpoint, tokens, positions)
     if not engine.keys:
-        raise UserError(f"{folder}: holds no stage of this model")
+        raise UserError(f"{engine.tree.folder}: holds no stage of this model")
     job = _Job(engine, engine.numerics(numerics), visit)
     if hf is not None:
         job.measuring.yardstick = Yardstick(hf, engine, job.numerics)

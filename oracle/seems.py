@@ -6,15 +6,13 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from jaxref.loaded import inside
-from jaxref.stages import ALIASES, STAGES, stage_named
-from jaxref.tree import SUFFIXES
+from jaxref.loaded import FORMS, inside
+from jaxref.stages import ALIASES, STAGES, Key, stage_named
 from oracle.tensor_file import LAYER_FOLDER, READABLE
 from weights import UserError
 from weights.errors import plain
 
-FORMS = {f".{suffix}": form for form, suffix in SUFFIXES.items()}
-_FOREIGN = (".npy", ".npz", ".pt", ".pth", ".txt", ".json", ".dat", ".raw", ".f32")
+_FOREIGN = (".npz", ".pt", ".pth", ".txt", ".json", ".dat", ".raw", ".f32")
 
 
 def _is_stage(name: str) -> bool:
@@ -45,23 +43,30 @@ def seems(folder: Path) -> str:
     if others := sorted({path.suffix for path in files} & set(_FOREIGN)):
         return f"; it holds {', '.join(others)}, and {READABLE}"
     names = [plain(path.name) for path in files if path.suffix in FORMS]
-    flat = next((meant for name in names if (meant := _meant(name))), None)
+    flat = next((told for name in names if (told := _flat(name))), None)
     return flat or (f"; there is {names[0]}, and no stage is called so" if names else "")
 
 
-def _meant(name: str) -> str | None:
-    """What a file's name like `layer-3_attn_norm.bin` says, which is read in a folder of its layer."""
-    stem, suffix = name.rsplit(".", 1)
-    held = [stage for stage in (*STAGES, *ALIASES) if stage in stem.lower()]
+def meant(name: str) -> Key | None:
+    """The layer and stage that a name like `layer-3_attn_norm` or `blocks.3.attn_norm` says in another spelling."""
+    held = [stage for stage in (*STAGES, *ALIASES) if stage in name.lower()]
     if not held:
         return None
-    stage = max(held, key=len)
-    if stage_named(stage).scope == "model":
-        return f"; {name} seems to be {stage}, which is read at {stage}.{suffix}"
-    if (number := re.search(r"[0-9]{1,9}", stem.lower().replace(stage, " "))) is None:
+    found = stage_named(said := max(held, key=len))
+    if found.scope == "model":
+        return None, said
+    number = re.search(r"[0-9]{1,9}", name.lower().replace(said, " "))
+    return number and (int(number[0]), said)
+
+
+def _flat(name: str) -> str | None:
+    """Where a file that is named in another spelling would be read."""
+    stem, suffix = name.rsplit(".", 1)
+    if (key := meant(stem)) is None:
         return None
-    layer = int(number[0])
-    return f"; {name} seems to be {stage} of layer {layer}, which is read at layer-{layer}/{stage}.{suffix}"
+    layer, stage = key
+    whose, place = ("", "") if layer is None else (f" of layer {layer}", f"layer-{layer}/")
+    return f"; {name} seems to be {stage}{whose}, which is read at {place}{stage}.{suffix}"
 
 
 def _quietly(folder: Path) -> list[Path]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxref.aprt import open_aprt, open_safetensors
+from jaxref.aprt import open_aprt
+from jaxref.loaded import PLACED
 from weights import UserError
 from weights.extent import Extent
 from weights.files import regular
@@ -16,9 +17,13 @@ from weights.watched import Version
 
 LAYER_FOLDER = re.compile(r"layer-([0-9]{1,9})")
 _PAGE = "docs/engines.md"
-READABLE = f".bin (APRT, see {_PAGE}) and .safetensors of one tensor are read"
+READABLE = f".bin (APRT, see {_PAGE}), .npy and .safetensors are read"
 # How files of others begin.
-_OTHERS = {b"\x93NUMPY": "a NumPy array (.npy)", b"PK\x03\x04": "a zip (.npz, .pt)", b"GGUF": "a GGUF checkpoint"}
+_OTHERS = {
+    b"\x93NUMPY": "a NumPy array (.npy)",
+    b"PK\x03\x04": "a zip (.npz, .pt)",
+    b"GGUF": "a GGUF checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -30,21 +35,21 @@ class TensorFile:
 
 
 def open_tensor(path: Path, version: Version | None = None) -> tuple[int | None, TensorFile]:
-    """An APRT or safetensors file: its layer (None: whole model) and its values.
+    """An APRT, .npy or safetensors file: its layer (None: whole model) and its values.
 
     Raises `UserError` where it is missing, is no such file, is longer or shorter than its header says, or is no longer
     of `version`; and at each reading where it has changed.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a file was expected")
-    if path.suffix != ".safetensors":
-        try:
-            layer, values = open_aprt(path, version)
-        except UserError as error:
-            raise UserError(f"{error}{_instead(path)}") from None
-        return layer, TensorFile(path, values)
-    values = open_safetensors(path, version)
-    return _safetensors_layer(path), TensorFile(path, values.reshape(values.size))
+    if path.suffix in PLACED:
+        values = PLACED[path.suffix](path, version)
+        return _layer_by_place(path), TensorFile(path, values.reshape(values.size))
+    try:
+        layer, values = open_aprt(path, version)
+    except UserError as error:
+        raise UserError(f"{error}{_instead(path)}") from None
+    return layer, TensorFile(path, values)
 
 
 def _instead(path: Path) -> str:
@@ -63,6 +68,6 @@ def _instead(path: Path) -> str:
     return "" if size % 4 else f"; bare float32 need the header of 12 bytes that {_PAGE} shows"
 
 
-def _safetensors_layer(path: Path) -> int | None:
+def _layer_by_place(path: Path) -> int | None:
     found = LAYER_FOLDER.fullmatch(path.absolute().parent.name)
     return int(found[1]) if found else None

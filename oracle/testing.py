@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from oracle.comparer import compare
 from oracle.report import as_text
 from oracle.result import Result
 from oracle.rules import Options
+from oracle.sources import Given
 from oracle.tolerances import compile_missing, parse_tolerance
 from oracle.verdict import MAX_RATIO, check_dtype
 
 
 def assert_parity(
-    reference: str | Path,
-    test: str | Path,
-    hf: str | Path | None = None,
+    reference: Given,
+    test: Given,
+    hf: Given | None = None,
     *,
     tolerances: Sequence[str] = (),
     min_cosine: float | None = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jaxref.stages import Key
@@ -15,6 +14,7 @@ from oracle.judge import judged
 from oracle.local import Local
 from oracle.replay import Replay
 from oracle.same import SAME_MODEL, stated_weights
+from oracle.sources import Given
 from oracle.trees import Tree, path_of
 from weights import Checkpoint, UserError
 from weights.errors import listed
@@ -24,17 +24,17 @@ from weights.identity import differing
 class Yardstick:
     """The tree of a yardstick, replayed where the engine's own error is beyond its floor."""
 
-    def __init__(self, folder: str | Path, engine: EngineTree, numerics: str) -> None:
+    def __init__(self, given: Given, engine: EngineTree, numerics: str) -> None:
         """Raises `UserError` where its manifest tells of another model, other tokens or another dtype."""
-        _same_run(Tree(folder, "yardstick"), engine.checkpoint, engine.tokens)
-        self.tree = EngineTree(folder, engine.checkpoint, engine.tokens, role="yardstick")
+        _same_run(Tree(given, "yardstick"), engine.checkpoint, engine.tokens)
+        self.tree = EngineTree(given, engine.checkpoint, engine.tokens, role="yardstick")
         if self.tree.count != engine.count:
             words = f"{self.tree.count} tokens, the engine's of {engine.count}"
-            raise UserError(f"{folder}: the yardstick is of {words}")
+            raise UserError(f"{self.tree.tree.folder}: the yardstick is of {words}")
         stated = self.tree.tree.stated_dtype or self.tree.tree.stated_activations == "q8"
         if stated and (theirs := self.tree.numerics(None)) != numerics:
             words = f"the yardstick computes in {theirs}, the engine in {numerics} (--numerics)"
-            raise UserError(f"{folder}: {words}; its rounding is no measure of the engine's")
+            raise UserError(f"{self.tree.tree.folder}: {words}; its rounding is no measure of the engine's")
         self.numerics = numerics
         self.replay = Replay(self.tree, numerics)
         self._distrusted: dict[str, list[Key]] = {}

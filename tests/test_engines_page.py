@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxref.aprt import read_aprt
+from oracle.trees import Tree
 
 PAGE = (Path(__file__).parent.parent / "docs" / "engines.md").read_text(encoding="utf-8")
 MAIN = {
@@ -68,6 +69,8 @@ def test_a_compiled_example_writes_what_the_page_says(tmp_path: Path, language: 
 def test_the_python_example_writes_what_the_page_says(tmp_path: Path) -> None:
     names: dict = {}
     exec(example("python"), names)
-    names["save"](tmp_path, 3, "attn_norm", VALUES)
-    names["save"](tmp_path, None, "lm_head", VALUES)
-    check(tmp_path)
+    names["finish"]({"layer-3/attn_norm": VALUES.reshape(1, 6), "lm_head": VALUES}, tmp_path / "trace.safetensors")
+    tree = Tree(tmp_path / "trace.safetensors", "test")
+    assert tree.files.keys() == {(3, "attn_norm"), (None, "lm_head")}
+    for key in tree.files:
+        np.testing.assert_array_equal(tree.open(key).values[:], VALUES)

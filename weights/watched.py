@@ -75,3 +75,16 @@ class Watched:
         if isinstance(error, FileNotFoundError):
             return UserError(f"{self.path}: is gone since it was opened: {error.strerror}")
         return UserError(f"{self.path}: {error.strerror}")
+
+
+def begun(path: Path, version: Version | None, count: int) -> tuple[Watched, bytes]:
+    """A file and its first bytes, fewer where it ends before.
+
+    Raises `UserError` where it is missing, is none or is no longer of `version`.
+    """
+    try:
+        file = Watched(path, version)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    with file.opened() as opened:
+        return file, os.pread(opened, count, 0)

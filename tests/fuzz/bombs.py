@@ -149,12 +149,45 @@ def aprt_bombs() -> dict[str, bytes]:
     }
 
 
+def _npy(header: str, data: bytes = b"", version: int = 1) -> bytes:
+    text = header.encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + data
+
+
+def npy_bombs() -> dict[str, bytes]:
+    """Shapes, types and lengths that are none."""
+    of = "{'descr': %s, 'fortran_order': False, 'shape': %s}"
+    return {
+        "empty": b"",
+        "magic": b"\x93NUMPY",
+        "length": b"\x93NUMPY\x01\x00\xff\xff{",
+        "length-of-version-2": b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
+        "version": _npy(of % ("'<f4'", "(1,)"), bytes(4), 3),
+        "product": _npy(of % ("'<f4'", "(1 << 60,)"), bytes(4)),
+        "huge": _npy(of % ("'<f4'", f"({1 << 61}, {1 << 61})"), bytes(4)),
+        "negative": _npy(of % ("'<f4'", "(-1, -1)"), bytes(4)),
+        "true": _npy(of % ("'<f4'", "(True,)"), bytes(4)),
+        "axes": _npy(of % ("'<f4'", str((1,) * 60)), bytes(4)),
+        "one-short": _npy(of % ("'<f4'", "(2,)"), bytes(7)),
+        "one-long": _npy(of % ("'<f4'", "(1,)"), bytes(8)),
+        "nothing": _npy(of % ("'<f4'", "(0,)")),
+        "object": _npy(of % ("'|O'", "(1,)"), b"cos\nsystem\n(S'true'\ntR."),
+        "big-endian": _npy(of % ("'>f4'", "(1,)"), bytes(4)),
+        "records": _npy(of % ("[('a', '<f4')]", "(1,)"), bytes(4)),
+        "type": _npy(of % ("'<f4' * 99", "(1,)"), bytes(4)),
+        "deep": _npy("(" * 9000),
+        "deep-minus": _npy("-" * 9000),
+        "by-columns": _npy("{'descr': '<f4', 'fortran_order': True, 'shape': (2, 2)}", bytes(16)),
+    }
+
+
 def bombs(world: World) -> Iterator[tuple[str, str, bytes]]:
     """(target, what, input)."""
     of_json = json_bombs()
     for target, inputs in {
         "aprt": aprt_bombs(),
         "safetensors": safetensors_bombs(),
+        "npy": npy_bombs(),
         "gguf": gguf_bombs(),
         "index": of_json,
         "config": of_json | config_bombs(world),

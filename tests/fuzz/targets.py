@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 
 from jaxref.aprt import HEADER, aprt_header, read_aprt
+from jaxref.safetensors_stages import open_all
 from oracle.tensor_file import open_tensor
 from tests.fuzz.grammars import GRAMMARS
 from tests.fuzz.mutate import Mutation, mutate_bytes, mutate_gguf, mutate_json, mutate_safetensors, mutate_words
@@ -44,10 +46,10 @@ def aprt(world: World, data: bytes) -> None:
 def safetensors(world: World, data: bytes) -> None:
     path = world.file("safetensors/layer-3/attn_norm.safetensors", data)
     try:
-        layer, one = open_tensor(path)
+        found = open_all(path)
     except UserError:
-        layer, one = None, None
-    file = _whole(path, taken=one is not None)
+        found = None
+    file = _whole(path, taken=found is not None)
     with safe_open(path, framework="np") as peer:
         assert sorted(peer.keys()) == sorted(file.entries)
         for name in file.entries:
@@ -56,13 +58,30 @@ def safetensors(world: World, data: bytes) -> None:
         values = file.tensor(name)
         assert values.nbytes <= len(data)
         values.view(np.uint8).sum()
-    if one is not None:
-        ((name, entry),) = file.entries.items()
-        assert layer == 3 and one.values.shape == (one.values.size,) == (file.tensor(name).size,)
-        assert one.values[:].dtype == file.tensor(name).dtype, entry
-        assert one.values[:].tobytes() == file.tensor(name).tobytes()
-    elif len(file.entries) == 1:
-        open_tensor(path)  # and is refused
+    if found is not None:
+        assert found.keys() == file.entries.keys()
+        for name, values in found.items():
+            assert np.asarray(values).dtype == file.tensor(name).dtype, name
+            assert np.asarray(values).tobytes() == file.tensor(name).tobytes(), name
+    if found is None or len(found) == 1:
+        layer, one = open_tensor(path)  # and is refused, where it is none
+        assert found is not None and layer == 3
+        assert one.values.shape == (one.values.size,) == (next(iter(found.values())).size,)
+
+
+def npy(world: World, data: bytes) -> None:
+    path = world.file("npy/layer-3/attn_norm.npy", data)
+    layer, one = open_tensor(path)
+    theirs = np.load(path, allow_pickle=False)
+    assert layer == 3 and one.values[:].dtype == theirs.dtype
+    assert one.values[:].tobytes() == theirs.tobytes() and theirs.nbytes < len(data)
+
+
+def _saved(*arrays: np.ndarray) -> list[bytes]:
+    files = [BytesIO() for _ in arrays]
+    for file, array in zip(files, arrays, strict=True):
+        np.save(file, array)
+    return [file.getvalue() for file in files]
 
 
 def _whole(path: Path, *, taken: bool) -> SafetensorsFile:
@@ -146,6 +165,12 @@ _TARGETS = (
             + _files("sharded/a.safetensors")(world)
         ),
         mutate_safetensors,
+    ),
+    Target(
+        "npy",
+        npy,
+        lambda world: _saved(np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4), np.float16([1, np.nan])),
+        mutate_bytes,
     ),
     Target("index", index, _files(f"sharded/{INDEX}"), mutate_json),
     Target("config", config, _files("dense/config.json", "moe/config.json"), mutate_json),

@@ -24,6 +24,7 @@ PATHS = (
     "layer-4294967296/attn_norm.bin", "layer-99999999999/attn_norm.bin", "layer-0/x\udcff.bin", "layer-0/\x1b[31m.bin",
     "layer-0/.attn_norm.bin", "layer-0/moe_router_indices.bin", "layer-0/attn_norm.bin/x", "layer-0/a\nb.bin",
     "layer-0.bin", "manifest.json", ".unfinished.json", "layer-0/[red].bin", "layer-0/attn_scores.bin",
+    "layer-1/attn_norm.npy",
 )  # fmt: skip
 NAMED = ("layer-0/attn_norm.bin", "layer-0/x\udcff.bin", "layer-0/[red].bin")
 

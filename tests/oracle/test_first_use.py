@@ -193,8 +193,8 @@ def test_what_is_compared_the_wrong_way_round(trees, zoo, tmp_path) -> None:
 
 
 def test_folders_and_files_that_are_no_tree(zoo, trees, tmp_path) -> None:
-    (tmp_path / "npy" / "layer-0").mkdir(parents=True)
-    np.save(tmp_path / "npy" / "layer-0" / "attn_norm.npy", np.zeros(3))
+    (tmp_path / "npz" / "layer-0").mkdir(parents=True)
+    np.savez(tmp_path / "npz" / "layer-0" / "attn_norm.npz", np.zeros(3))
     (tmp_path / "trace.zip").touch()
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "Layer3_moe_expert_out.bin").touch()
@@ -203,7 +203,7 @@ def test_folders_and_files_that_are_no_tree(zoo, trees, tmp_path) -> None:
     for folder, words in (
         (tmp_path / "end", "7_lm_head.bin seems to be lm_head, which is read at lm_head.bin"),
         (tmp_path / "flat", "seems to be moe_expert_out of layer 3, which is read at layer-3/moe_expert_out.bin"),
-        (tmp_path / "npy", "it holds .npy, and .bin (APRT, see docs/engines.md)"),
+        (tmp_path / "npz", "it holds .npz, and .bin (APRT, see docs/engines.md), .npy and .safetensors are read"),
         (tmp_path / "trace.zip", "unpack it and give the folder"),
         (zoo("qwen2"), "it looks like a model"),
         (trees, "in it looks like a tree"),
@@ -213,10 +213,11 @@ def test_folders_and_files_that_are_no_tree(zoo, trees, tmp_path) -> None:
 
 def test_single_files_of_other_formats(tmp_path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
+    (tmp_path / "a.npy").rename(tmp_path / "a.bin")
     np.savez(tmp_path / "a.npz", x=np.zeros(3))
     np.zeros(5, np.float32).tofile(tmp_path / "raw.bin")
     for name, words in (
-        ("a.npy", r"a NumPy array \(\.npy\), and \.bin"),
+        ("a.bin", r"a NumPy array \(\.npy\), and \.bin"),
         ("a.npz", r"a zip \(\.npz, \.pt\)"),
         ("raw.bin", "bare float32 need the header of 12 bytes that docs/engines.md shows"),
     ):

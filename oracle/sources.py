@@ -1,0 +1,196 @@
+"""Where the tensors of a tree lie: a folder of files, one safetensors file of them all, or arrays in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxref.loaded import FORMS, inside
+from jaxref.safetensors_stages import open_all
+from jaxref.stages import Key, stage_named
+from jaxref.tree import MANIFEST, UNFINISHED, stage_path
+from oracle.seems import holds_stages, meant, seems
+from oracle.tensor_file import LAYER_FOLDER, TensorFile, open_tensor
+from weights import UserError
+from weights.errors import brief, listed, plain
+from weights.extent import Extent
+from weights.safetensors_file import DTYPES, WHOLE
+from weights.watched import Version
+
+Given = str | Path | Mapping[str, Any]  # a folder, a .safetensors file, or arrays by name
+_NAME = re.compile(r"(?:layer-([0-9]{1,9})/)?([^/]+)")
+_PACKED = (".zip", ".gz", ".tgz", ".tar", ".zst", ".xz", ".bz2", ".7z")
+_NUMBERS = {*DTYPES.values(), *WHOLE.values()}
+
+
+class Source(Protocol):
+    """The tensors of one tree. `folder` is how messages call it, `files` where each stage lies, for messages too."""
+
+    folder: Path
+    files: dict[Key, Path]
+    unknown: list[str]
+
+    def open(self, key: Key) -> TensorFile:
+        """The tensor of a stage. Raises `UserError` where it is broken, or changed since the tree was opened."""
+        ...
+
+
+def source_of(given: Given, role: str) -> Source:
+    """What is given as a tree. Raises `UserError` for what is none, or holds no stage."""
+    if isinstance(given, Mapping):
+        return Arrays(given, Path(f"{role} arrays"))
+    path = Path(given)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder (the {role} tree)")
+    if path.is_dir():
+        return Folder(path)
+    if path.suffix == ".safetensors":
+        return OneFile(path)
+    packed = path.suffix in _PACKED
+    advice = "unpack it and give the folder" if packed else "`oracle diff` compares files"
+    words = "a folder, or one .safetensors file with names like layer-0/attn_norm"
+    raise UserError(f"{path}: is a file, and the {role} tree is {words}; {advice}")
+
+
+class Folder:
+    """A folder with a file for each tensor, as `dump` and the engines write it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / UNFINISHED).exists() and not (folder / MANIFEST).exists():
+            raise UserError(f"{folder}: its dump was not finished; run the same dump again")
+        self.unknown: list[str] = []
+        self._versions: dict[Key, Version] = {}
+        self.files = self._find()
+        self._check_layers()
+        if not self.files:
+            known = ", ".join(f"layer-0/attn_norm{suffix}" for suffix in FORMS)
+            words = f"holds no stage's file (like {known}), so there is nothing to compare"
+            raise UserError(f"{folder}: {words}{seems(folder)}")
+
+    def _find(self) -> dict[Key, Path]:
+        found: dict[Key, Path] = {}
+        for layer, path in self._paths():
+            if path.suffix not in FORMS or path.name.startswith("."):
+                continue
+            try:
+                key = (layer, stage_named(path.stem).name)
+            except UserError:
+                self.unknown.append(plain(path.relative_to(self.folder)))
+                continue
+            if key in found:
+                names = f"{plain(found[key].name)} and {plain(path.name)}"
+                raise UserError(f"{self.folder}: {names} of {_where(key)} are the same stage")
+            found[key] = path
+            with suppress(OSError):  # a link to nothing is an error when it is read
+                self._versions[key] = Version.of(path.stat())
+        return found
+
+    def _paths(self) -> Iterator[tuple[int | None, Path]]:
+        """What lies in the folder and in those of its layers, and in which layer."""
+        there = inside(self.folder)
+        yield from ((None, path) for path in there)
+        for folder in there:
+            if found := LAYER_FOLDER.fullmatch(folder.name):
+                yield from ((int(found[1]), path) for path in inside(folder))
+
+    def _check_layers(self) -> None:
+        """Refuse layers in folders of another spelling; where some are spelled right, the others are `unknown`."""
+        others = [path for path in inside(self.folder) if not LAYER_FOLDER.fullmatch(path.name) and holds_stages(path)]
+        if others and all(layer is None for layer, _ in self.files):
+            words = f"the stages of {listed(path.name for path in others[:3])} are not read"
+            raise UserError(f"{self.folder}: {words}: layers are the folders layer-0, layer-1, … in it; rename them")
+        self.unknown += [plain(path.name) for path in others]
+
+    def open(self, key: Key) -> TensorFile:
+        """The file of a stage. Raises `UserError` where its header names another layer, too."""
+        layer, file = open_tensor(self.files[key], self._versions.get(key))
+        # An engine may write layer 0 or "whole model" for the embedding; nothing else is ambiguous.
+        if layer != key[0] and key[1] != "embedding":
+            header, place = ("whole-model" if n is None else n for n in (layer, key[0]))
+            raise UserError(f"{file.path}: its header says layer {header}, its place says {place}")
+        return file
+
+
+class Named:
+    """Tensors that are known by names like `layer-0/attn_norm` and `lm_head`."""
+
+    def __init__(self, tensors: Mapping[str, Extent | np.ndarray], folder: Path) -> None:
+        self.folder, self.unknown = folder, list[str]()
+        self.files: dict[Key, Path] = {}
+        self._tensors: dict[Key, Extent | np.ndarray] = {}
+        for name, values in tensors.items():
+            key = _key_of(name)
+            if key is None:
+                self.unknown.append(plain(name))
+                continue
+            if key in self.files:
+                raise UserError(f"{folder}: {brief(name)} and another name are the same stage of {_where(key)}")
+            self.files[key], self._tensors[key] = folder / name, values
+        if not self.files:
+            words = "holds no stage's tensor (called like layer-0/attn_norm), so there is nothing to compare"
+            raise UserError(f"{folder}: {words}{_hint(list(tensors))}")
+
+    def open(self, key: Key) -> TensorFile:
+        """The tensor of a stage."""
+        values = self._tensors[key]
+        return TensorFile(self.files[key], values.reshape(values.size))
+
+
+class OneFile(Named):
+    """All tensors in one safetensors file, as `safetensors.torch.save_file` writes a dictionary of them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(open_all(path), path)
+
+
+class Arrays(Named):
+    """Arrays by name, or by layer and name as `jaxref.forward` gives them. Raises `UserError` for what is no array."""
+
+    def __init__(self, arrays: Mapping[str, Any], folder: Path) -> None:
+        super().__init__({name: _array(values, folder / name) for name, values in _flat(arrays)}, folder)
+
+
+def _flat(arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, values in arrays.items():
+        if isinstance(values, Mapping):
+            yield from ((f"{name}/{inner}", value) for inner, value in values.items())
+        else:
+            yield str(name), values
+
+
+def _array(values: Any, name: Path) -> np.ndarray:
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # of torch: on a GPU, in bfloat16, or with a gradient
+        raise UserError(f"{name}: NumPy makes no array of it: {plain(error)}") from None
+    if found.dtype not in _NUMBERS or not found.size:
+        raise UserError(f"{name}: {list(found.shape)} {found.dtype}; floats or integers were expected")
+    return found
+
+
+def _hint(names: list[str]) -> str:
+    """What names that are no stage's may mean."""
+    if any(name.startswith("model.layers.") for name in names):
+        return "; it looks like a model, and `python -m jaxref dump` makes a tree of one"
+    for name in names:
+        if (key := meant(name)) is not None:
+            called = stage_path(*key).removesuffix(".bin")
+            return f"; {brief(name)} seems to be {called}, and has to be called so"
+    return f"; it has {brief(names[0])}" if names else ""
+
+
+def _key_of(name: str) -> Key | None:
+    found = _NAME.fullmatch(name)
+    with suppress(UserError):
+        return found and (None if found[1] is None else int(found[1]), stage_named(found[2]).name)
+    return None
+
+
+def _where(key: Key) -> str:
+    return "the whole model" if key[0] is None else f"layer {key[0]}"
