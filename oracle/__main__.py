@@ -114,7 +114,9 @@ def localize(**options: Any) -> int:
     """Find every stage that ENGINE_TREE computes wrongly from its own inputs, whatever it inherited.
 
     MODEL is the checkpoint that the engine ran, ENGINE_TREE a folder of .bin (APRT), .npy or .safetensors files, or one
-    .safetensors file with names like layer-0/attn_norm. Exit 0: clean. 1: faulty. 2: wrong use, or stages cannot be replayed.
+    .safetensors file with names like layer-0/attn_norm.
+
+    Exit 0: clean. 1: faulty. 2: wrong use, or stages cannot be replayed.
     """
     options["positions"] = _positions(options["positions"])
     return run_replay(options, explained=False)
