@@ -162,7 +162,9 @@ def weight(
 ) -> int:
     """Compare one TENSOR of MODEL with what an engine unpacked of it, and say how it was misread.
 
-    TENSOR is its name in Hugging Face's or in GGUF's spelling, ENGINE_FILE its values [out, in] as APRT or safetensors.
+    TENSOR is its name in Hugging Face's or in GGUF's spelling, ENGINE_FILE its values [out, in] as .bin (APRT), .npy or
+    .safetensors; in a .safetensors file of several it has that name.
+
     Exit 0: the same, or rounded. 1: it differs. 2: wrong use.
     """
     from oracle.weight_command import run_weight

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from jaxref.aprt import aprt_header
+from jaxref.safetensors_stages import open_all
 from oracle.output import check_output, whole
 from oracle.tensor_file import open_tensor
 from oracle.weight import AT_ONCE, Held, matrix_shape, rows_of
 from oracle.weight_told import as_json, print_weight, tell
 from weights import Checkpoint, UserError, open_checkpoint
 from weights.errors import brief
+from weights.extent import Extent
 from weights.gguf_file import EVERY, hugging_face_name
 
 
@@ -30,7 +32,7 @@ def run_weight(
     checkpoint = open_checkpoint(model)
     name = tensor_named(checkpoint, tensor)
     some = span(rows, matrix_shape(checkpoint.shape(name))[0])
-    held = None if engine_file is None else open_held(checkpoint, name, engine_file, some)
+    held = None if engine_file is None else open_held(checkpoint, name, engine_file, some, tensor)
     if output is not None:
         count, width = write_right(checkpoint, name, some, output)
         if held is None:
@@ -77,22 +79,35 @@ def span(text: str | None, count: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, int] | None) -> Held:
+def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, int] | None, asked: str = "") -> Held:
     """Read an engine's file of a tensor: all rows, the first ones, or those that are given.
 
-    Raises `UserError` where it is no such file, its header names another layer, or it holds no whole rows.
+    In a file of several it is found by its name, or as it was `asked` for. Raises `UserError` where there is none,
+    the header names another layer, or it holds no whole rows.
     """
-    layer, file = open_tensor(path)
-    if layer is not None and layer != layer_of(name):
-        raise UserError(f"{path}: its header says layer {layer}, and {name} is another's")
-    (count, width), size = matrix_shape(checkpoint.shape(name)), int(file.values.size)
+    values = _values(path, name, asked)
+    (count, width), size = matrix_shape(checkpoint.shape(name)), int(values.size)
     first, stop = rows or (0, min(size // width, count))
     if not size or size != (stop - first) * width:
         wanted = f"rows {first}..{stop}" if rows else "it or its first rows"
         raise UserError(
             f"{path}: holds {size} values; {name} is {list(checkpoint.shape(name))}, and {wanted} were expected"
         )
-    return Held(checkpoint, name, np.asarray(file.values[:]).reshape(-1, width), first)
+    return Held(checkpoint, name, np.asarray(values[:]).reshape(-1, width), first)
+
+
+def _values(path: Path, name: str, asked: str) -> Extent | np.ndarray:
+    """The values of a file of one tensor, or of the one that is called so in a safetensors file of several."""
+    if path.suffix == ".safetensors" and len(several := open_all(path)) > 1:
+        found = next((several[each] for each in (asked, name) if each in several), None)
+        if found is None:
+            near = get_close_matches(name, several, 1, 0) or [""]
+            raise UserError(f"{path}: none of its {len(several)} tensors is called {name}; there is {brief(near[0])}")
+        return found.reshape(found.size)
+    layer, file = open_tensor(path)
+    if layer is not None and layer != layer_of(name):
+        raise UserError(f"{path}: its header says layer {layer}, and {name} is another's")
+    return file.values
 
 
 def write_right(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None, path: Path) -> tuple[int, int]:

@@ -157,6 +157,20 @@ def test_the_right_values_are_written(model: Checkpoint, tmp_path: Path) -> None
     assert asked("tiny", Q_PROJ, tmp_path / "w.safetensors") == 0
 
 
+def test_one_of_several_is_found_by_its_name(model: Checkpoint, tmp_path: Path) -> None:
+    several = {name: model.tensor(name).copy() for name in model.tensor_names}
+    several[DOWN][3] *= -1
+    save_file(several, tmp_path / "all.safetensors")
+    assert asked("tiny", Q_PROJ, tmp_path / "all.safetensors") == 0
+    assert asked("tiny", DOWN, tmp_path / "all.safetensors") == 1
+    save_file({"blk.2.attn_q.weight": several[Q_PROJ], "x": several[DOWN]}, tmp_path / "two.safetensors")
+    assert asked("tiny", "blk.2.attn_q.weight", tmp_path / "two.safetensors") == 0
+    with pytest.raises(UserError, match=r"none of its 2 tensors is called model\.layers\.2\.mlp\.down_proj"):
+        asked("tiny", DOWN, tmp_path / "two.safetensors")
+    np.save(tmp_path / "q.npy", several[Q_PROJ].astype(np.float32))
+    assert asked("tiny", Q_PROJ, tmp_path / "q.npy") == 0
+
+
 def test_a_gguf_is_asked_by_its_own_names(tmp_path: Path, capsys) -> None:
     checkpoint = a_model(tmp_path / "model", "Q8_0", 1, "qwen3_moe")[1]
     path = checkpoint.folder
