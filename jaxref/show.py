@@ -36,13 +36,13 @@ def say(out: Console, text: str) -> None:
 
 
 @contextmanager
-def progress_bar(layers: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over the layers on a terminal's stderr; silent elsewhere."""
-    columns = [TextColumn("layer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+def progress_bar(count: int, *, quiet: bool, what: str = "layer") -> Iterator[Callable[[int], None]]:
+    """A bar over the layers, or over so many of something else, on a terminal's stderr; silent elsewhere."""
+    columns = [TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     err = Console(stderr=True)
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
-        task = progress.add_task("layers", total=layers)
-        yield lambda layer: progress.update(task, completed=layer + 1)
+        task = progress.add_task(what, total=count)
+        yield lambda place: progress.update(task, completed=place + 1)
 
 
 def human(size: float) -> str:

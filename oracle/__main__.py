@@ -163,9 +163,9 @@ def weight(
     """Compare one TENSOR of MODEL with what an engine unpacked of it, and say how it was misread.
 
     TENSOR is its name in Hugging Face's or in GGUF's spelling, ENGINE_FILE its values [out, in] as .bin (APRT), .npy or
-    .safetensors; in a .safetensors file of several it has that name.
+    .safetensors; in a .safetensors file of several it has that name. TENSOR may be `all`: each that such a file has.
 
-    Exit 0: the same, or rounded. 1: it differs. 2: wrong use.
+    Exit 0: the same, or rounded. 1: it differs. 2: wrong use, or of `all` some are missing.
     """
     from oracle.weight_command import run_weight
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 
 import numpy as np
 
-from weights import Checkpoint
+from weights import Checkpoint, UserError
+from weights.errors import brief
+from weights.gguf_file import EVERY, hugging_face_name
 
 # Numbers that are compared at once.
 AT_ONCE = 1 << 21
@@ -71,6 +74,21 @@ def rows_of(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndar
         return checkpoint.tensor(name, start, stop).astype(np.float64)
     whole = checkpoint.tensor(name)
     return whole.reshape(matrix_shape(whole.shape))[start:stop].astype(np.float64)
+
+
+def tensor_named(checkpoint: Checkpoint, name: str) -> str:
+    """The checkpoint's tensor of this name, Hugging Face's or GGUF's. Raises `UserError` with the nearest names."""
+    known = checkpoint.tensor_names
+    theirs = hugging_face_name(name) or name
+    if theirs == "lm_head.weight":
+        theirs = checkpoint.head_name
+    if theirs in known:
+        return theirs
+    if EVERY in theirs:
+        one = theirs.replace(EVERY, ".0.")
+        raise UserError(f"{brief(name)} is a stack of experts; name one of them, like {one}")
+    near = get_close_matches(theirs, known, 3, 0.5) or known[:3]
+    raise UserError(f"{checkpoint.name} has no tensor {brief(name)}; it has {', '.join(near)}, …")
 
 
 def rounding(found: np.ndarray, right: np.ndarray) -> str | None:

@@ -13,12 +13,14 @@ from jaxref.aprt import aprt_header
 from jaxref.safetensors_stages import open_all
 from oracle.output import check_output, whole
 from oracle.tensor_file import open_tensor
-from oracle.weight import AT_ONCE, Held, matrix_shape, rows_of
+from oracle.weight import AT_ONCE, Held, matrix_shape, rows_of, tensor_named
+from oracle.weight_all import run_all
 from oracle.weight_told import as_json, print_weight, tell
 from weights import Checkpoint, UserError, open_checkpoint
 from weights.errors import brief
 from weights.extent import Extent
-from weights.gguf_file import EVERY, hugging_face_name
+
+ALL = "all"
 
 
 def run_weight(
@@ -30,6 +32,10 @@ def run_weight(
     if engine_file is None and json_wanted:
         raise UserError("--json tells of a comparison: name ENGINE_FILE to compare with")
     checkpoint = open_checkpoint(model)
+    if tensor == ALL:
+        if engine_file is None or rows is not None or output is not None:
+            raise UserError(f"{ALL}: goes with ENGINE_FILE, and with neither --rows nor --output")
+        return run_all(checkpoint, engine_file, json_wanted=json_wanted)
     name = tensor_named(checkpoint, tensor)
     some = span(rows, matrix_shape(checkpoint.shape(name))[0])
     held = None if engine_file is None else open_held(checkpoint, name, engine_file, some, tensor)
@@ -45,21 +51,6 @@ def run_weight(
     else:
         print_weight(told)
     return told.exit_code
-
-
-def tensor_named(checkpoint: Checkpoint, name: str) -> str:
-    """The checkpoint's tensor of this name, Hugging Face's or GGUF's. Raises `UserError` with the nearest names."""
-    known = checkpoint.tensor_names
-    theirs = hugging_face_name(name) or name
-    if theirs == "lm_head.weight":
-        theirs = checkpoint.head_name
-    if theirs in known:
-        return theirs
-    if EVERY in theirs:
-        one = theirs.replace(EVERY, ".0.")
-        raise UserError(f"{brief(name)} is a stack of experts; name one of them, like {one}")
-    near = get_close_matches(theirs, known, 3, 0.5) or known[:3]
-    raise UserError(f"{checkpoint.name} has no tensor {brief(name)}; it has {', '.join(near)}, …")
 
 
 def layer_of(name: str) -> int | None:

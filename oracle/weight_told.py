@@ -68,11 +68,17 @@ def _lines(told: Told) -> Iterator[str]:
         yield f"  worst     [{row}, {column}] is {engine:.6g}, the checkpoint has {right:.6g}"
     if places := _places(told):
         yield f"  where     {places}"
-    for fit in told.fits:
-        rest = "" if fit.rounding == "none" else f", rounded to {fit.rounding}"
-        yield f"  because   {fit.reading.hypothesis}: {fit.reading.words}; so read, all values are the engine's{rest}"
+    for why in reasons(told):
+        yield f"  because   {why}"
     if not told.fits:
         yield "  because   no reading that is known has the engine's values"
+
+
+def reasons(told: Told) -> Iterator[str]:
+    """The causes in words."""
+    for fit in told.fits:
+        rest = "" if fit.rounding == "none" else f", rounded to {fit.rounding}"
+        yield f"{fit.reading.hypothesis}: {fit.reading.words}; so read, all values are the engine's{rest}"
 
 
 def _places(told: Told) -> str:

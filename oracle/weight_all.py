@@ -1,0 +1,149 @@
+"""`python -m oracle weight MODEL all FILE`: every tensor that an engine saved beside the checkpoint's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from jaxref.safetensors_stages import open_all
+from jaxref.show import progress_bar
+from oracle.metrics import jsonable
+from oracle.report import WIDTH, print_wrapped
+from oracle.weight import Held, matrix_shape, tensor_named
+from oracle.weight_told import MEANT, SCHEMA, as_json, reasons, tell
+from weights import Checkpoint, UserError
+from weights.errors import brief, listed
+from weights.extent import Extent
+from weights.gguf_file import EVERY, hugging_face_name
+
+SHOWN = 4  # names of one group
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """What is kept of a tensor that differs: not its values."""
+
+    name: str
+    stored_as: str
+    relative_l2: float
+    why: str
+
+
+@dataclass
+class Judged:
+    """What was found of all tensors; of those that are the same or rounded how many there are of each kind."""
+
+    same: Counter[str] = field(default_factory=Counter)
+    wrong: list[Wrong] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)  # of another size
+    unknown: list[str] = field(default_factory=list)  # names that are none of the model's
+    missing: list[str] = field(default_factory=list)  # the model's that are not in the file
+    stored: Counter[str] = field(default_factory=Counter)  # how many of each type were compared
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a tensor differs, 2 where one of the model's is not there, else 0."""
+        return 1 if self.wrong or self.misfits else 2 if self.missing else 0
+
+
+def run_all(checkpoint: Checkpoint, path: Path, *, json_wanted: bool) -> int:
+    """Judge all tensors of a safetensors file and print it; the exit code. Raises `UserError` for any other file."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: all tensors are read from one .safetensors file, by their names")
+    given, found = open_all(path), Judged()
+    named = dict(_named(checkpoint, given, found.unknown))
+    if not named:
+        raise UserError(f"{path}: no name in it is a tensor's of {checkpoint.name}, like {checkpoint.tensor_names[0]}")
+    found.missing = sorted(set(checkpoint.tensor_names) - {theirs for theirs, _ in named.values()})
+    with progress_bar(len(named), quiet=json_wanted, what="tensor") as progress:
+        for place, (name, (theirs, values)) in enumerate(named.items()):
+            _judge(checkpoint, name, theirs, values, found, json_wanted)
+            progress(place)
+    if json_wanted:
+        print(json.dumps(_summary(found), allow_nan=False))
+    else:
+        out = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        for line in _lines(found):
+            print_wrapped(out, line, 12)
+    return found.exit_code
+
+
+def _named(
+    checkpoint: Checkpoint, given: dict[str, Extent], unknown: list[str]
+) -> Iterator[tuple[str, tuple[str, Callable[[], np.ndarray]]]]:
+    """What each tensor is called here, in the checkpoint, and its values; those of a stack of experts one by one."""
+    for name, values in given.items():
+        theirs = hugging_face_name(name) or name
+        if EVERY in theirs and len(values.shape) == 3:
+            experts = ((theirs.replace(EVERY, f".{e}."), e) for e in range(values.shape[0]))
+            yield from (
+                (one, (one, lambda v=values, e=e: v[e])) for one, e in experts if one in checkpoint.tensor_names
+            )
+            continue
+        try:
+            yield name, (tensor_named(checkpoint, name), lambda v=values: np.asarray(v))
+        except UserError:
+            unknown.append(name)
+
+
+def _judge(
+    checkpoint: Checkpoint, name: str, theirs: str, values: Callable[[], np.ndarray], found: Judged, json_wanted: bool
+) -> None:
+    rows, width = matrix_shape(checkpoint.shape(theirs))
+    array = values()
+    if array.size != rows * width:
+        found.misfits.append(f"{name} {list(array.shape)}, where MODEL has {list(checkpoint.shape(theirs))}")
+        return
+    told = tell(Held(checkpoint, theirs, array.reshape(rows, width)))
+    stored = checkpoint.stored_as(theirs)
+    found.stored[stored] += 1
+    if told.left is None:
+        why = " or ".join(reasons(told)) or "no reading that is known has the engine's values"
+        found.wrong.append(Wrong(name, stored, told.apart.relative_l2, why))
+    else:
+        found.same[told.left] += 1
+    if json_wanted:
+        print(json.dumps(as_json(told), allow_nan=False))
+
+
+def _lines(found: Judged) -> Iterator[str]:
+    groups: dict[tuple[str, str], list[Wrong]] = defaultdict(list)
+    for wrong in found.wrong:
+        groups[wrong.stored_as, wrong.why].append(wrong)
+    for (stored, why), group in groups.items():
+        of = f"all {len(group)}" if len(group) == found.stored[stored] else f"{len(group)} of {found.stored[stored]}"
+        worst = max(group, key=lambda wrong: wrong.relative_l2)
+        yield f"differ: {of} in {stored}; relative L2 {worst.relative_l2:.3g} in {worst.name}"
+        names = [wrong.name for wrong in group]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        yield f"  tensors   {', '.join(names[:SHOWN])}{more}"
+        yield f"  because   {why}"
+    yield from (f"another size: {misfit}" for misfit in found.misfits)
+    if found.unknown:
+        yield f"not in MODEL: {len(found.unknown)}, {listed(map(brief, found.unknown[:SHOWN]))}"
+    if found.missing:
+        yield f"not in the file: {len(found.missing)}, first {found.missing[0]}"
+    same = [f"{found.same[left]} {words}" for left, words in MEANT.items() if found.same[left]]
+    differ = len(found.wrong) + len(found.misfits)
+    yield f"{differ} differ, {len(found.missing)} missing" + "".join(f"; {words}" for words in same)
+
+
+def _summary(found: Judged) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "summary": True,
+        "same": {left: found.same[left] for left in MEANT},
+        "differ": len(found.wrong),
+        "another_size": found.misfits,
+        "unknown": found.unknown,
+        "missing": found.missing,
+        "worst_relative_l2": jsonable(max((wrong.relative_l2 for wrong in found.wrong), default=0.0)),
+    }

@@ -1,0 +1,118 @@
+"""`oracle weight MODEL all FILE`: every tensor that an engine loaded, beside the checkpoint's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from oracle.weight_command import run_weight
+from tests.commands import command, refused
+from tests.oracle.standin.unpack import unpack
+from tests.oracle.test_unpacking import a_model
+from weights import EMBEDDED, Checkpoint, UserError, open_checkpoint
+
+DOWN = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model() -> Checkpoint:
+    return open_checkpoint(EMBEDDED)
+
+
+def loaded(model: Checkpoint) -> dict[str, np.ndarray]:
+    return {name: model.tensor(name).astype(np.float32) for name in model.tensor_names}
+
+
+def judged(model: str | Path, tensors: dict[str, np.ndarray], path: Path, *, as_json: bool = False) -> int:
+    save_file(tensors, path)
+    return run_weight(str(model), "all", path, None, None, json_wanted=as_json)
+
+
+def test_all_are_the_same(model: Checkpoint, tmp_path: Path, capsys) -> None:
+    assert judged("tiny", loaded(model), tmp_path / "w.safetensors") == 0
+    count = len(model.tensor_names)
+    assert capsys.readouterr().out == f"0 differ, 0 missing; {count} the same values\n"
+    halves = {name: x.astype(np.float16) for name, x in loaded(model).items()}  # of bfloat16: small values lose bits
+    assert judged("tiny", halves, tmp_path / "h.safetensors") == 0
+
+
+def test_what_differs_is_told_by_its_cause(model: Checkpoint, tmp_path: Path, capsys) -> None:
+    tensors = loaded(model)
+    for layer in (0, 2):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        tensors[name] = np.ascontiguousarray(tensors[name].T.reshape(tensors[name].shape))
+    tensors["model.layers.1.mlp.down_proj.weight"][5] = 0
+    tensors["model.norm.weight"] = np.ones(3, np.float32)
+    tensors["extra"] = np.ones(3, np.float32)
+    del tensors["model.layers.1.input_layernorm.weight"]
+    assert judged("tiny", tensors, tmp_path / "w.safetensors") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    stored, count = model.stored_as(DOWN), len(tensors) - 2
+    assert f"differ: 2 of {count} in {stored}; relative L2" in said
+    assert "tensors model.layers.0.mlp.down_proj.weight, model.layers.2.mlp.down_proj.weight because" in said
+    assert "transposed" in said and "because no reading that is known has the engine's values" in said
+    assert "another size: model.norm.weight [3], where MODEL has [72]" in said
+    assert "not in MODEL: 1, 'extra'" in said
+    assert "not in the file: 1, first model.layers.1.input_layernorm.weight" in said
+    assert said.endswith(f"4 differ, 1 missing; {count - 3} the same values")
+
+
+def test_what_is_missing_is_no_success(model: Checkpoint, tmp_path: Path, capsys) -> None:
+    tensors = loaded(model)
+    del tensors[DOWN]
+    assert judged("tiny", tensors, tmp_path / "w.safetensors", as_json=True) == 2
+    *rows, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {row["tensor"] for row in rows} == set(tensors) and {row["verdict"] for row in rows} == {"same"}
+    assert summary["missing"] == [DOWN] and summary["same"]["none"] == len(tensors) and summary["differ"] == 0
+
+
+def test_stacks_of_experts_and_the_names_of_gguf(tmp_path: Path, capsys) -> None:
+    checkpoint = a_model(tmp_path / "model", "Q8_0", 1, "qwen3_moe")[1]
+    names = list(checkpoint.tensor_names)
+    experts = [name for name in names if name.endswith("experts.3.down_proj.weight")]
+    tensors = {name: np.asarray(checkpoint.tensor(name)) for name in names}
+    for one in experts:
+        layer, stack = one.split(".")[2], one.split("experts.3.")
+        inside = [name for name in names if name.startswith(stack[0]) and name.endswith(stack[1])]
+        inside.sort(key=lambda name: int(name.split("experts.")[1].split(".")[0]))
+        tensors[f"blk.{layer}.ffn_down_exps.weight"] = np.stack([tensors.pop(name) for name in inside])
+    assert judged(checkpoint.folder, tensors, tmp_path / "w.safetensors") == 0, capsys.readouterr().out
+    wrong = unpack("Q8_0", checkpoint.packed(experts[0], slice(None)), "unsigned")
+    tensors[f"blk.{experts[0].split('.')[2]}.ffn_down_exps.weight"][3] = wrong
+    assert judged(checkpoint.folder, tensors, tmp_path / "w.safetensors") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"tensors {experts[0]} because weight_unpacked: blocks of Q8_0: numbers are read as unsigned bytes" in said
+
+
+def test_the_head_may_have_its_own_name_where_it_is_the_embedding(zoo, tmp_path: Path) -> None:
+    tied = open_checkpoint(zoo("qwen2-tied"))
+    tensors = loaded(tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    assert judged(zoo("qwen2-tied"), tensors, tmp_path / "w.safetensors") == 0
+    tensors["lm_head.weight"][7] *= 2
+    assert judged(zoo("qwen2-tied"), tensors, tmp_path / "w.safetensors") == 1
+
+
+def test_what_cannot_be_is_one_line(model: Checkpoint, tmp_path: Path) -> None:
+    save_file({"a": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    (tmp_path / "w.bin").touch()
+    assert "no name in it is a tensor's of" in refused(
+        "weight", "tiny", "all", tmp_path / "a.safetensors", module="oracle"
+    )
+    for words, more in (("one .safetensors file", (tmp_path / "w.bin",)), ("goes with ENGINE_FILE", ())):
+        assert words in refused("weight", "tiny", "all", *more, module="oracle")
+    with pytest.raises(UserError, match="neither --rows nor --output"):
+        run_weight("tiny", "all", tmp_path / "a.safetensors", "0..1", None, json_wanted=False)
+
+
+def test_the_command(model: Checkpoint, tmp_path: Path) -> None:
+    tensors = loaded(model)
+    tensors[DOWN] *= np.float32(1.5)
+    save_file(tensors, tmp_path / "w.safetensors")
+    done = command("weight", "tiny", "all", tmp_path / "w.safetensors", module="oracle")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "because   scaled" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
