@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from jaxref.safetensors_stages import open_all
 from jaxref.show import progress_bar
 from oracle.metrics import jsonable
 from oracle.report import WIDTH, print_wrapped
+from oracle.told import layers_in_words
 from oracle.weight import Held, matrix_shape, tensor_named
 from oracle.weight_told import MEANT, SCHEMA, as_json, reasons, tell
 from weights import Checkpoint, UserError
@@ -24,7 +26,8 @@ from weights.errors import brief, listed
 from weights.extent import Extent
 from weights.gguf_file import EVERY, hugging_face_name
 
-SHOWN = 4  # names of one group
+SHOWN = 8  # names of one kind
+_LAYER = re.compile(r"\b(?:layers|blk)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,7 @@ def _lines(found: Judged) -> Iterator[str]:
         of = f"all {len(group)}" if len(group) == found.stored[stored] else f"{len(group)} of {found.stored[stored]}"
         worst = max(group, key=lambda wrong: wrong.relative_l2)
         yield f"differ: {of} in {stored}; relative L2 {worst.relative_l2:.3g} in {worst.name}"
-        names = [wrong.name for wrong in group]
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        yield f"  tensors   {', '.join(names[:SHOWN])}{more}"
+        yield from (f"  tensors   {names}" for names in _by_layers([wrong.name for wrong in group]))
         yield f"  because   {why}"
     yield from (f"another size: {misfit}" for misfit in found.misfits)
     if found.unknown:
@@ -134,6 +135,20 @@ def _lines(found: Judged) -> Iterator[str]:
     same = [f"{found.same[left]} {words}" for left, words in MEANT.items() if found.same[left]]
     differ = len(found.wrong) + len(found.misfits)
     yield f"{differ} differ, {len(found.missing)} missing" + "".join(f"; {words}" for words in same)
+
+
+def _by_layers(names: list[str]) -> Iterator[str]:
+    """Names that differ in their layer alone as one, with the layers."""
+    layers: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        if (layer := _LAYER.search(name)) is None:
+            layers[name] = []
+        else:
+            layers[f"{name[: layer.start(1)]}*{name[layer.end(1) :]}"].append(int(layer[1]))
+    for name, at in list(layers.items())[:SHOWN]:
+        yield f"{name}, {layers_in_words(sorted(at), 0)}" if at else name
+    if len(layers) > SHOWN:
+        yield f"and {sum(max(1, len(at)) for at in list(layers.values())[SHOWN:])} more"
 
 
 def _summary(found: Judged) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from tests.gguf_writer import tokens, write_gguf
-from weights import EMBEDDED
+from weights import EMBEDDED, open_checkpoint
 from weights.tiny import tiny_config, write_random
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr
     done = run(*"-m oracle weight MODEL.gguf blk.3.ffn_down.weight --output mine.bin".split(), folder=folder)
     assert done.stdout == "mine.bin: 96 × 112 values of model.layers.3.mlp.down_proj.weight, stored as F16\n"
+    model = open_checkpoint(folder / "MODEL.gguf")
+    save_file({name: model.tensor(name).copy() for name in model.tensor_names}, folder / "loaded.safetensors")
     return folder
 
 

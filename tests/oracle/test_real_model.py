@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxref.aprt import aprt_header
 from oracle.blocks import PARTS
@@ -76,3 +77,7 @@ def test_an_engine_that_leaves_out_the_high_bits_of_q6_k_is_told_so(real_model, 
     (tmp_path / "mine.bin").write_bytes(aprt_header(3, wrong.shape) + wrong.tobytes())
     done = command("weight", checkpoint.folder, "blk.3.ffn_down.weight", tmp_path / "mine.bin", module="oracle")
     assert done.returncode == 1 and done.stdout in (ROOT / "README.md").read_text(encoding="utf-8")
+    tensors = {name: open_checkpoint(copy).tensor(name).astype(np.float16) for name in checkpoint.tensor_names}
+    save_file(tensors, tmp_path / "loaded.safetensors")
+    done = command("weight", checkpoint.folder, "all", tmp_path / "loaded.safetensors", module="oracle")
+    assert done.returncode == 1 and done.stdout in (ROOT / "README.md").read_text(encoding="utf-8"), done.stdout

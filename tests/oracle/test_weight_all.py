@@ -53,7 +53,7 @@ def test_what_differs_is_told_by_its_cause(model: Checkpoint, tmp_path: Path, ca
     said = " ".join(capsys.readouterr().out.split())
     stored, count = model.stored_as(DOWN), len(tensors) - 2
     assert f"differ: 2 of {count} in {stored}; relative L2" in said
-    assert "tensors model.layers.0.mlp.down_proj.weight, model.layers.2.mlp.down_proj.weight because" in said
+    assert "tensors model.layers.*.mlp.down_proj.weight, layers 0, 2 because" in said
     assert "transposed" in said and "because no reading that is known has the engine's values" in said
     assert "another size: model.norm.weight [3], where MODEL has [72]" in said
     assert "not in MODEL: 1, 'extra'" in said
@@ -84,8 +84,12 @@ def test_stacks_of_experts_and_the_names_of_gguf(tmp_path: Path, capsys) -> None
     wrong = unpack("Q8_0", checkpoint.packed(experts[0], slice(None)), "unsigned")
     tensors[f"blk.{experts[0].split('.')[2]}.ffn_down_exps.weight"][3] = wrong
     assert judged(checkpoint.folder, tensors, tmp_path / "w.safetensors") == 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"tensors {experts[0]} because weight_unpacked: blocks of Q8_0: numbers are read as unsigned bytes" in said
+    layer = experts[0].split(".")[2]
+    alike, said = experts[0].replace(f".{layer}.", ".*.", 1), " ".join(capsys.readouterr().out.split())
+    assert (
+        f"tensors {alike}, layer {layer} because weight_unpacked: blocks of Q8_0: numbers are read as unsigned bytes"
+        in said
+    )
 
 
 def test_the_head_may_have_its_own_name_where_it_is_the_embedding(zoo, tmp_path: Path) -> None:
@@ -100,10 +104,11 @@ def test_the_head_may_have_its_own_name_where_it_is_the_embedding(zoo, tmp_path:
 def test_what_cannot_be_is_one_line(model: Checkpoint, tmp_path: Path) -> None:
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
     (tmp_path / "w.bin").touch()
-    assert "no name in it is a tensor's of" in refused(
-        "weight", "tiny", "all", tmp_path / "a.safetensors", module="oracle"
-    )
-    for words, more in (("one .safetensors file", (tmp_path / "w.bin",)), ("goes with ENGINE_FILE", ())):
+    for words, more in (
+        ("no name in it is a tensor's of", [tmp_path / "a.safetensors"]),
+        ("one .safetensors file", [tmp_path / "w.bin"]),
+        ("nothing to do", []),
+    ):
         assert words in refused("weight", "tiny", "all", *more, module="oracle")
     with pytest.raises(UserError, match="neither --rows nor --output"):
         run_weight("tiny", "all", tmp_path / "a.safetensors", "0..1", None, json_wanted=False)
