@@ -24,6 +24,7 @@ COMMAND = re.compile(r"python -m (?:jaxref|oracle|weights) [^`#\n]+")
 SCRIPT = re.compile(r"python -m (tests[\w.]*)((?: --\w+(?: [\w,]+)?)*)")
 # What the pages call things by, and the form that a tiny model is to be had in.
 OURS = {"REFERENCE": "truth", "YOUR_TREE": "engine-trace", "DIR/hf": "MODEL"}
+OURS |= {"A.bin": "truth/lm_head.bin", "B.bin": "engine-trace/lm_head.bin"}
 
 
 @dataclass(frozen=True)
