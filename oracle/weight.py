@@ -14,8 +14,8 @@ from weights import Checkpoint, UserError
 from weights.errors import brief
 from weights.gguf_file import EVERY, hugging_face_name
 
-# Numbers that are compared at once.
-AT_ONCE = 1 << 21
+# Numbers that are compared at once: what is made of them on the way stays in a core's own cache.
+AT_ONCE = 1 << 18
 # How far from the checkpoint's value (times that value, times the greatest of its row) a value may be, each bound
 # within the next. In float32 a block's scale, offset and minimum are applied in some order, each time with a rounding;
 # an engine that holds half precision rounds what comes of that.
@@ -91,23 +91,33 @@ def tensor_named(checkpoint: Checkpoint, name: str) -> str:
     raise UserError(f"{checkpoint.name} has no tensor {brief(name)}; it has {', '.join(near)}, …")
 
 
-def rounding(found: np.ndarray, right: np.ndarray) -> str | None:
-    """The strictest of `ROUNDINGS` that accounts for the difference of two arrays [rows, columns], None for no one."""
-    return next((name for name in ROUNDINGS if not beyond(found, right, name).any()), None)
+def rounding(found: np.ndarray, right: np.ndarray, least: str = "none") -> str | None:
+    """The strictest of `ROUNDINGS` that accounts for the difference of two arrays [rows, columns], None for no one.
+
+    Stricter ones than `least` are not tried: other rows need it already.
+    """
+    tried = list(ROUNDINGS)[list(ROUNDINGS).index(least) :]
+    return next((name for name in tried if not beyond(found, right, name).any()), None)
 
 
 def beyond(found: np.ndarray, right: np.ndarray, allowed: str) -> np.ndarray:
     """Which values are further apart than a rounding makes them; NaN is like NaN alone."""
     of_value, of_row = ROUNDINGS[allowed]
     if allowed == "none":
-        return ~((found == right) | (np.isnan(found) & np.isnan(right)))
+        return ~_same(found, right)
     with np.errstate(all="ignore"):
-        greatest = np.nanmax(np.abs(right), axis=1, initial=0.0, keepdims=True)
-        bound = of_value * np.abs(right) + of_row * greatest
+        size = np.abs(right)
+        greatest = np.fmax.reduce(size, axis=1, initial=0.0, keepdims=True)  # of what is a number
+        bound = of_value * size + of_row * greatest
         if allowed in ("float16", "bfloat16"):
-            bound = bound + SUBNORMAL
-        same = (found == right) | (np.isnan(found) & np.isnan(right))
-        return ~same & ~(np.abs(found - right) <= bound)
+            bound += SUBNORMAL
+        wrong = ~(np.abs(found - right) <= bound)
+    return wrong & ~_same(found, right) if wrong.any() else wrong
+
+
+def _same(found: np.ndarray, right: np.ndarray) -> np.ndarray:
+    same = found == right
+    return same if same.all() else same | (np.isnan(found) & np.isnan(right))
 
 
 @dataclass
@@ -132,8 +142,10 @@ class Difference:
         return math.sqrt(self.squares / self.reference) if self.reference else math.inf if self.squares else 0.0
 
 
-def difference(held: Held) -> Difference:
-    """How far a tensor is from the checkpoint's."""
+def difference(held: Held, left: str | None = None) -> Difference:
+    """How far a tensor is from the checkpoint's; with the rounding that is `left` in it nothing is looked for."""
+    if left == "none":
+        return Difference(held.values.size)
     found, greatest = Difference(places=np.zeros(held.shape[1], int)), -1.0
     for start, stop in held.chunks():
         engine, right = held.rows(start, stop), held.right(start, stop)
@@ -141,10 +153,12 @@ def difference(held: Held) -> Difference:
         found.reference += float(np.nansum(right**2))
         if np.array_equal(engine, right):
             continue
-        wrong = beyond(engine, right, "bfloat16")
         with np.errstate(all="ignore"):
             apart = np.abs(engine - right)
             found.squares += float(np.nansum(apart**2))
+        if left is not None:
+            continue
+        wrong = beyond(engine, right, "bfloat16")
         found.wrong += int(wrong.sum())
         found.wrong_rows += int(wrong.any(axis=1).sum())
         found.places += wrong.sum(axis=0)

@@ -42,7 +42,7 @@ class Told:
 def tell(held: Held) -> Told:
     """Compare a tensor with the checkpoint, and look for the cause where it differs."""
     left = left_by(held, held.right)
-    return Told(held, left, difference(held), [] if left is not None else explained(held))
+    return Told(held, left, difference(held, left), [] if left is not None else explained(held))
 
 
 def print_weight(told: Told) -> None:

@@ -52,14 +52,14 @@ def _place(fit: Fit) -> int:
 
 def left_by(held: Held, read: Callable[[int, int], np.ndarray]) -> str | None:
     """The rounding that is left in all rows with a reading, None where more is."""
-    found = ["none"]
+    found = "none"
     for most in (FEW, None):
         for start, stop in held.chunks(most):
-            left = rounding(held.rows(start, stop), read(start, stop))
+            left = rounding(held.rows(start, stop), read(start, stop), found)
             if left is None:
                 return None
-            found.append(left)
-    return max(found, key=list(ROUNDINGS).index)
+            found = left
+    return found
 
 
 def _specific(held: Held) -> Iterator[Reading]:
