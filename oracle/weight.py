@@ -76,12 +76,15 @@ def rows_of(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndar
     return whole.reshape(matrix_shape(whole.shape))[start:stop].astype(np.float64)
 
 
+def hugging_faces(checkpoint: Checkpoint, name: str) -> str:
+    """A tensor's name in Hugging Face's spelling, of the head what it is made of; whether it is there or not."""
+    theirs = hugging_face_name(name) or name
+    return checkpoint.head_name if theirs == "lm_head.weight" else theirs
+
+
 def tensor_named(checkpoint: Checkpoint, name: str) -> str:
     """The checkpoint's tensor of this name, Hugging Face's or GGUF's. Raises `UserError` with the nearest names."""
-    known = checkpoint.tensor_names
-    theirs = hugging_face_name(name) or name
-    if theirs == "lm_head.weight":
-        theirs = checkpoint.head_name
+    known, theirs = checkpoint.tensor_names, hugging_faces(checkpoint, name)
     if theirs in known:
         return theirs
     if EVERY in theirs:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,24 @@ from jaxref.show import progress_bar
 from oracle.metrics import jsonable
 from oracle.report import WIDTH, print_wrapped
 from oracle.told import layers_in_words
-from oracle.weight import Held, matrix_shape, tensor_named
+from oracle.weight import Held, hugging_faces, matrix_shape
 from oracle.weight_told import MEANT, SCHEMA, as_json, reasons, tell
 from weights import Checkpoint, UserError
 from weights.errors import brief, listed
 from weights.extent import Extent
-from weights.gguf_file import EVERY, hugging_face_name
+from weights.gguf_file import EVERY
 
 SHOWN = 8  # names of one kind
 _LAYER = re.compile(r"\b(?:layers|blk)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor of an engine's file: its name there, what the checkpoint calls it, and how its values are read."""
+
+    name: str
+    theirs: str
+    read: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -62,13 +72,13 @@ def run_all(checkpoint: Checkpoint, path: Path, *, json_wanted: bool) -> int:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: all tensors are read from one .safetensors file, by their names")
     given, found = open_all(path), Judged()
-    named = dict(_named(checkpoint, given, found.unknown))
+    named = list(_named(checkpoint, given, found.unknown))
     if not named:
         raise UserError(f"{path}: no name in it is a tensor's of {checkpoint.name}, like {checkpoint.tensor_names[0]}")
-    found.missing = sorted(set(checkpoint.tensor_names) - {theirs for theirs, _ in named.values()})
+    found.missing = sorted(set(checkpoint.tensor_names) - {each.theirs for each in named})
     with progress_bar(len(named), quiet=json_wanted, what="tensor") as progress:
-        for place, (name, (theirs, values)) in enumerate(named.items()):
-            _judge(checkpoint, name, theirs, values, found, json_wanted)
+        for place, each in enumerate(named):
+            _judge(checkpoint, each, found, json_wanted)
             progress(place)
     if json_wanted:
         print(json.dumps(_summary(found), allow_nan=False))
@@ -79,29 +89,27 @@ def run_all(checkpoint: Checkpoint, path: Path, *, json_wanted: bool) -> int:
     return found.exit_code
 
 
-def _named(
-    checkpoint: Checkpoint, given: dict[str, Extent], unknown: list[str]
-) -> Iterator[tuple[str, tuple[str, Callable[[], np.ndarray]]]]:
-    """What each tensor is called here, in the checkpoint, and its values; those of a stack of experts one by one."""
+def _named(checkpoint: Checkpoint, given: dict[str, Extent], unknown: list[str]) -> Iterator[Given]:
+    """Each tensor of a file that is one of the checkpoint's; those of a stack of experts one by one."""
+    known = set(checkpoint.tensor_names)
     for name, values in given.items():
-        theirs = hugging_face_name(name) or name
-        if EVERY in theirs and len(values.shape) == 3:
-            experts = ((theirs.replace(EVERY, f".{e}."), e) for e in range(values.shape[0]))
-            yield from (
-                (one, (one, lambda v=values, e=e: v[e])) for one, e in experts if one in checkpoint.tensor_names
-            )
-            continue
-        try:
-            yield name, (tensor_named(checkpoint, name), lambda v=values: np.asarray(v))
-        except UserError:
+        theirs = hugging_faces(checkpoint, name)
+        if theirs in known:
+            yield Given(name, theirs, partial(np.asarray, values))
+        elif EVERY in theirs and len(values.shape) == 3:
+            for expert in range(values.shape[0]):
+                one = theirs.replace(EVERY, f".{expert}.")
+                if one in known:
+                    yield Given(one, one, partial(values.__getitem__, expert))
+                else:
+                    unknown.append(f"{name}[{expert}]")
+        else:
             unknown.append(name)
 
 
-def _judge(
-    checkpoint: Checkpoint, name: str, theirs: str, values: Callable[[], np.ndarray], found: Judged, json_wanted: bool
-) -> None:
+def _judge(checkpoint: Checkpoint, given: Given, found: Judged, json_wanted: bool) -> None:
+    name, theirs, array = given.name, given.theirs, given.read()
     rows, width = matrix_shape(checkpoint.shape(theirs))
-    array = values()
     if array.size != rows * width:
         found.misfits.append(f"{name} {list(array.shape)}, where MODEL has {list(checkpoint.shape(theirs))}")
         return

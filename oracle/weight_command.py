@@ -70,7 +70,7 @@ def span(text: str | None, count: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, int] | None, asked: str = "") -> Held:
+def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, int] | None, asked: str) -> Held:
     """Read an engine's file of a tensor: all rows, the first ones, or those that are given.
 
     In a file of several it is found by its name, or as it was `asked` for. Raises `UserError` where there is none,

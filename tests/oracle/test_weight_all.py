@@ -81,6 +81,10 @@ def test_stacks_of_experts_and_the_names_of_gguf(tmp_path: Path, capsys) -> None
         inside.sort(key=lambda name: int(name.split("experts.")[1].split(".")[0]))
         tensors[f"blk.{layer}.ffn_down_exps.weight"] = np.stack([tensors.pop(name) for name in inside])
     assert judged(checkpoint.folder, tensors, tmp_path / "w.safetensors") == 0, capsys.readouterr().out
+    more = {name: np.concatenate([x, x[:1]]) for name, x in tensors.items() if x.ndim == 3}
+    assert judged(checkpoint.folder, tensors | more, tmp_path / "more.safetensors") == 0
+    count = len(next(iter(more.values()))) - 1
+    assert f"not in MODEL: {len(more)}, '{min(more)}[{count}]'" in " ".join(capsys.readouterr().out.split())
     wrong = unpack("Q8_0", checkpoint.packed(experts[0], slice(None)), "unsigned")
     tensors[f"blk.{experts[0].split('.')[2]}.ffn_down_exps.weight"][3] = wrong
     assert judged(checkpoint.folder, tensors, tmp_path / "w.safetensors") == 1
