@@ -46,7 +46,8 @@ def source_of(given: Given, role: str) -> Source:
         return Arrays(given, Path(f"{role} arrays"))
     path = Path(given)
     if not path.exists():
-        raise UserError(f"{path}: no such folder (the {role} tree)")
+        kind = "file" if path.suffix == ".safetensors" else "folder"
+        raise UserError(f"{path}: no such {kind} (the {role} tree)")
     if path.is_dir():
         return Folder(path)
     if path.suffix == ".safetensors":
