@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -43,11 +44,14 @@ def open_safetensors(path: Path, version: Version | None = None) -> Extent:
     return next(iter(found.values()))
 
 
-def open_all(path: Path, version: Version | None = None) -> dict[str, Extent]:
+def open_all(
+    path: Path, version: Version | None = None, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Extent]:
     """All tensors of a safetensors file by their names, each as `open_safetensors` gives one.
 
-    Raises `UserError` where the file is missing, is not whole, or is no longer of `version`; at each reading where it
-    has changed.
+    Those whose names are not `wanted` may be of any type and size, and are the bytes that they lie in. Raises
+    `UserError` where the file is missing, is not whole, or is no longer of `version`; at each reading where it has
+    changed.
     """
     file, head = begun(path, version, 8)
     length = int.from_bytes(head, "little")
@@ -57,8 +61,11 @@ def open_all(path: Path, version: Version | None = None) -> dict[str, Extent]:
     found: dict[str, Extent] = {}
     places: list[tuple[int, int]] = []
     for name, entry in entries.items():
-        dtype, shape = _form(path, name, entry)
-        start, stop = _place(path, entry, math.prod(shape) * dtype.itemsize)
+        start, stop = _place(path, name, entry)
+        dtype, shape = _form(path, name, entry) if wanted(name) else (WHOLE["U8"], (stop - start,))
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            stated = f"{entry['dtype']} {brief(list(shape))} at {start} to {stop}"
+            raise UserError(f"{path}: not a whole safetensors file: {brief(name)} is {stated}")
         places.append((start, stop))
         found[name] = Extent(file, 8 + length + start, dtype, shape)
     end, data = 0, file.version.size - 8 - length
@@ -71,12 +78,11 @@ def open_all(path: Path, version: Version | None = None) -> dict[str, Extent]:
     return found
 
 
-def _place(path: Path, entry: dict[str, Any], size: int) -> tuple[int, int]:
-    """Where a tensor of so many bytes begins and ends, counted from the end of the header."""
-    offsets = entry.get("data_offsets")
-    if not _numbers(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != size:
-        stated = f"{entry['dtype']} {brief(entry['shape'])} at {brief(offsets)}"
-        raise UserError(f"{path}: not a whole safetensors file: {stated}, and that is {size} bytes")
+def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends, counted from the end of the header."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not _numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise UserError(f"{path}: not a whole safetensors file: {brief(name)} is {brief(entry)}")
     return offsets[0], offsets[1]
 
 
@@ -92,9 +98,9 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _form(path: Path, name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _form(path: Path, name: str, entry: dict[str, Any]) -> tuple[np.dtype[Any], tuple[int, ...]]:
     """The dtype and the shape that a header states of a tensor."""
-    stated, shape = (entry.get(key) for key in ("dtype", "shape")) if isinstance(entry, dict) else (None, None)
+    stated, shape = entry.get("dtype"), entry.get("shape")
     if not _numbers(shape):
         raise UserError(f"{path}: not a whole safetensors file: {brief(name)} is {brief(entry)}")
     if 0 in shape or len(shape) > MOST_AXES:

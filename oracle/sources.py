@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from jaxref.loaded import FORMS, inside
@@ -119,9 +121,9 @@ class Folder:
 
 
 class Named:
-    """Tensors that are known by names like `layer-0/attn_norm` and `lm_head`."""
+    """Tensors that are known by names like `layer-0/attn_norm` and `lm_head`; of the others the names alone count."""
 
-    def __init__(self, tensors: Mapping[str, Extent | np.ndarray], folder: Path) -> None:
+    def __init__(self, tensors: Mapping[str, Any], folder: Path) -> None:
         self.folder, self.unknown = folder, list[str]()
         self.files: dict[Key, Path] = {}
         self._tensors: dict[Key, Extent | np.ndarray] = {}
@@ -132,7 +134,8 @@ class Named:
                 continue
             if key in self.files:
                 raise UserError(f"{folder}: {brief(name)} and another name are the same stage of {_where(key)}")
-            self.files[key], self._tensors[key] = folder / name, values
+            self.files[key] = folder / name
+            self._tensors[key] = values if isinstance(values, Extent) else _array(values, folder / name)
         if not self.files:
             words = "holds no stage's tensor (called like layer-0/attn_norm), so there is nothing to compare"
             raise UserError(f"{folder}: {words}{_hint(list(tensors))}")
@@ -147,14 +150,14 @@ class OneFile(Named):
     """All tensors in one safetensors file, as `safetensors.torch.save_file` writes a dictionary of them."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(open_all(path), path)
+        super().__init__(open_all(path, wanted=lambda name: _key_of(name) is not None), path)
 
 
 class Arrays(Named):
     """Arrays by name, or by layer and name as `jaxref.forward` gives them. Raises `UserError` for what is no array."""
 
     def __init__(self, arrays: Mapping[str, Any], folder: Path) -> None:
-        super().__init__({name: _array(values, folder / name) for name, values in _flat(arrays)}, folder)
+        super().__init__(dict(_flat(arrays)), folder)
 
 
 def _flat(arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -167,12 +170,23 @@ def _flat(arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _array(values: Any, name: Path) -> np.ndarray:
     try:
-        found = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # of torch: on a GPU, in bfloat16, or with a gradient
+        found = np.asarray(_of_torch(values))
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: NumPy makes no array of it: {plain(error)}") from None
     if found.dtype not in _NUMBERS or not found.size:
         raise UserError(f"{name}: {list(found.shape)} {found.dtype}; floats or integers were expected")
     return found
+
+
+def _of_torch(values: Any) -> Any:
+    """A tensor of torch as one that NumPy takes: without a gradient, on the host, its bfloat16 as ml_dtypes'."""
+    torch = sys.modules.get("torch")  # who hands one over has imported it
+    if torch is None or not isinstance(values, torch.Tensor):
+        return values
+    values = values.detach().cpu()
+    if values.dtype != torch.bfloat16:
+        return values
+    return values.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _hint(names: list[str]) -> str:

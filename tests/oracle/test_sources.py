@@ -110,6 +110,30 @@ def test_half_precision_is_seen(root: Path, engine) -> None:
         assert Tree(root / "halves.safetensors", "test").guess_dtype() == np.dtype(dtype).name
 
 
+def test_tensors_of_torch_are_taken_as_they_are(root: Path, engine) -> None:
+    """In bfloat16, with a gradient, or not contiguous."""
+    tensors = {name: torch.from_numpy(x) for name, x in engine.items()}
+    tensors = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in tensors.items()}
+    save_torch(tensors, root / "bfloat16.safetensors")
+    given = {name: x.mT.contiguous().mT.requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
+    ours, theirs = (compare(root / "truth", told) for told in (given, root / "bfloat16.safetensors"))
+    assert Tree(given, "test").guess_dtype() == "bfloat16" and len(ours.comparisons) == len(engine)
+    assert [row.test for row in ours.comparisons] == [row.test for row in theirs.comparisons]
+
+
+def test_what_is_no_stage_may_be_anything(root: Path, engine, tmp_path: Path) -> None:
+    """A mask, an empty cache, a name: nobody reads them, and they are told."""
+    others = {"mask": torch.ones(3, 3, dtype=torch.bool), "layer-0/cache": torch.zeros(0, 4)}
+    tensors = {name: torch.from_numpy(x) for name, x in engine.items()}
+    save_torch(tensors | others, tmp_path / "one.safetensors")
+    for told in (tmp_path / "one.safetensors", {**tensors, **others, "prompt": "What is 2+2?"}):
+        tree = Tree(told, "test")
+        assert len(tree.files) == len(engine) and {"mask", "layer-0/cache"} <= set(tree.unknown)
+    save_torch({"lm_head": others["mask"]}, tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match=r"'lm_head' is stored as 'BOOL'; supported are F64"):
+        Tree(tmp_path / "one.safetensors", "test")
+
+
 def test_a_file_that_is_written_meanwhile_is_refused(root: Path, engine, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     save_file(engine, path)
@@ -128,8 +152,9 @@ def test_a_file_that_is_written_meanwhile_is_refused(root: Path, engine, tmp_pat
         ({"layer-0/attn_norm": "text"}, "test arrays/layer-0/attn_norm: [] <U4; floats or integers were expected"),
         ({"layer-0/attn_norm": np.zeros((0, 3))}, "[0, 3] float64; floats or integers"),
         ({"layer-0/attn_norm": [[1], [2, 3]]}, "layer-0/attn_norm: NumPy makes no array of it"),
-        ({"lm_head": torch.zeros(3, dtype=torch.bfloat16)}, "lm_head: NumPy makes no array of it"),
-        ({"lm_head": torch.zeros(3, requires_grad=True)}, "detach()"),
+        ({"lm_head": torch.zeros(3, dtype=torch.float8_e4m3fn)}, "lm_head: NumPy makes no array of it"),
+        ({"lm_head": torch.zeros(3, device="meta")}, "lm_head: NumPy makes no array of it"),
+        ({"lm_head": torch.zeros(3, dtype=torch.bool)}, "lm_head: [3] bool; floats or integers"),
         ({"layer-1/ffn_out": np.zeros(3), "layer-1/FFN_OUT": np.zeros(3)}, "are the same stage of layer 1"),
         ({"blocks.3.attn_norm": np.zeros(3)}, "seems to be layer-3/attn_norm, and has to be called so"),
         ({"layer-0/layer-1/attn_norm": np.zeros(3)}, "holds no stage's tensor"),
