@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weights.errors import UserError
-
 if TYPE_CHECKING:
     from jaxref.dump import Job, Progress, Report
     from jaxref.memory import MemoryPlan
@@ -82,8 +80,6 @@ def _read(options: dict[str, Any]) -> tuple[str, Job]:
     from jaxref.dump import Job
     from jaxref.precision import numerics_of
 
-    if as_stored and (asked.checkpoint.folder.suffix != ".gguf" or dtype != "float32"):
-        raise UserError(f"--activations stored: goes with a .gguf file in float32; this is {asked.checkpoint.folder}")
     job = Job(
         asked.checkpoint,
         asked.tokens,

@@ -52,6 +52,22 @@ class Job:
     max_memory: int | None = None  # bytes on a device; None: 90 % of what is free there, if JAX knows it
     crew: Crew | None = None  # several processes, whose devices the mesh is made of
 
+    def __post_init__(self) -> None:
+        """Raises `UserError` where activations are to be rounded as nobody stores weights here."""
+        model = self.checkpoint.folder
+        if self.as_stored and (model.suffix != ".gguf" or self.numerics.name != "float32"):
+            raise UserError(f"activations as stored go with a .gguf file in float32; this is {model}")
+
+    def check(self) -> None:
+        """Raise `UserError` where there is nothing to compute, or nothing to compute it from."""
+        if not self.selection.keys():
+            raise UserError("nothing to write: no stage of this selection exists")
+        if not self.tokens:
+            raise UserError("the prompt is empty; at least one token is needed")
+        if outside := [t for t in self.tokens if not 0 <= t < self.checkpoint.config.vocab_size]:
+            size = self.checkpoint.config.vocab_size
+            raise UserError(f"token ids {outside[:8]} are outside the vocabulary, which has ids 0 to {size - 1}")
+
     def memory(self) -> MemoryPlan:
         """What the job needs on a device while the layers are streamed."""
         mesh = None if self.mesh is None else self.mesh.shape
@@ -113,9 +129,31 @@ def dump(job: Job, *, progress: Progress = lambda layer: None, source: Reader | 
     that holds the parameters already is used in place of the checkpoint's files. Of several processes (`job.crew`) the
     first one writes; the others' report has no files.
     """
+    job, run = begun(job)
+    with nullcontext() if job.crew is None else job.crew.alike({name: run[name] for name in run if name != "device"}):
+        feed = feeder(job, progress, source, **options)
+        report = write_tree(job, run, feed) if job.crew is None else _write_together(job, job.crew, run, feed)
+    report.read = job.checkpoint.bytes_read
+    return report
+
+
+def begun(job: Job) -> tuple[Job, dict[str, Any]]:
+    """The job on its device, and what the manifest says of it."""
     device = job.device or jax.devices()[0]
     job = replace(job, device=device, numerics=job.numerics.on(device, job.mesh))
-    run = job.run("jaxref", PACKAGES, described(device, job.mesh), PRECISION.name)
+    return job, job.run("jaxref", PACKAGES, described(device, job.mesh), PRECISION.name)
+
+
+def feeder(job: Job, progress: Progress, source: Reader | None = None, **options: Any) -> Callable[[Offer], None]:
+    """What computes a job that is begun, and offers every stage of it. Raises `UserError` where it does not fit."""
+    device = job.device
+    assert device is not None
+    if source is None:
+        plan, place = job.memory().fit(memory_limit(device, job.max_memory)), job.mesh or device
+        options |= {"progress": progress, "as_stored": job.as_stored, "read_ahead": plan.read_ahead}
+        pieces = stream(job.checkpoint, job.tokens, job.selection, job.numerics, place, **options)
+    else:
+        pieces = trace(source, job.tokens, job.selection, progress)
 
     def feed(offer: Offer) -> None:
         # Closed here and not by the garbage collector, whenever that comes, where `offer` gives up.
@@ -128,16 +166,7 @@ def dump(job: Job, *, progress: Progress = lambda layer: None, source: Reader | 
                         _send_home(piece)
                 offer(layer, piece)
 
-    with nullcontext() if job.crew is None else job.crew.alike({name: run[name] for name in run if name != "device"}):
-        if source is None:
-            plan, place = job.memory().fit(memory_limit(device, job.max_memory)), job.mesh or device
-            options |= {"progress": progress, "as_stored": job.as_stored, "read_ahead": plan.read_ahead}
-            pieces = stream(job.checkpoint, job.tokens, job.selection, job.numerics, place, **options)
-        else:
-            pieces = trace(source, job.tokens, job.selection, progress)
-        report = write_tree(job, run, feed) if job.crew is None else _write_together(job, job.crew, run, feed)
-    report.read = job.checkpoint.bytes_read
-    return report
+    return feed
 
 
 def _write_together(job: Job, crew: Crew, run: dict[str, Any], feed: Callable[[Offer], None]) -> Report:
@@ -164,13 +193,7 @@ def write_tree(job: Job, run: dict[str, Any], feed: Callable[[Offer], None]) -> 
 
     Raises `UserError` before anything is written where it can't be.
     """
-    if not job.selection.keys():
-        raise UserError("nothing to write: no stage of this selection exists")
-    if not job.tokens:
-        raise UserError("the prompt is empty; at least one token is needed")
-    if outside := [t for t in job.tokens if not 0 <= t < job.checkpoint.config.vocab_size]:
-        size = job.checkpoint.config.vocab_size
-        raise UserError(f"token ids {outside[:8]} are outside the vocabulary, which has ids 0 to {size - 1}")
+    job.check()
     with Tree(job.output, run, job.paths(), job.selection.size(job.itemsize())) as tree:
         writer = Writer(job, tree)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,101 +13,44 @@ import numpy as np
 
 from jaxref.aprt import open_aprt
 from jaxref.named import Named
+from jaxref.named_tree import NamedTree, Open, canonical
 from jaxref.npy import open_npy
-from jaxref.safetensors_stages import open_safetensors
-from jaxref.stages import ALIASES, STAGES
+from jaxref.safetensors_stages import open_all, open_safetensors
+from jaxref.stage_file import SHOWN
 from jaxref.tree import MANIFEST, UNFINISHED, read_manifest
 from weights import UserError
 from weights.errors import brief, plain
+from weights.extent import Extent
 from weights.safetensors_file import MOST_AXES
 
-_ORDER = {name: place for place, name in enumerate(STAGES)}
-_FIGURES = ("min", "max", "rms")
 # Files whose place alone says of which layer they are.
 PLACED = {".safetensors": open_safetensors, ".npy": open_npy}
 FORMS = (".bin", *PLACED)  # what is read in a tree
 _LAYER = re.compile(r"layer-([0-9]{1,9})")
+_NAME = re.compile(r"(?:layer-([0-9]{1,9})/)?(.+)")
 
 
-class NotThere(UserError, KeyError):
-    """A layer or stage that the tree does not hold; a `KeyError` too, so that `in` and `get` work."""
-
-    __str__ = Exception.__str__
-
-
-class LoadedLayer(Mapping[str, Named]):
-    """The stages of one layer, or of the whole model, in computation order; a file is opened when it is asked for."""
-
-    def __init__(self, tree: LoadedTree, layer: int | None, files: Mapping[str, Path]) -> None:
-        self._tree, self._layer = tree, layer
-        self._files = {name: files[name] for name in sorted(files, key=lambda n: (_ORDER.get(n, len(_ORDER)), n))}
-
-    def __getitem__(self, stage: str) -> Named:
-        name = _canonical(stage)
-        if name not in self._files:
-            where = "the whole model" if self._layer is None else f"layer-{self._layer}"
-            raise NotThere(f"{self._tree.folder}: {where} has no stage {stage!r}; it has {', '.join(self._files)}")
-        return self._tree.open(self._layer, name, self._files[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __repr__(self) -> str:
-        return "\n".join(repr(self[name]) for name in self)
-
-
-class LoadedTree(Mapping[str, LoadedLayer | Named]):
-    """A tree by the paths of `jaxref.forward`: `["layer-3"]["attn_norm"]`, `["lm_head"]`; also `["layer-3/attn_norm"]`.
-
-    `manifest` is None for a producer that writes none.
-    """
+class LoadedTree(NamedTree):
+    """A tree in a folder; its files are mapped when they are asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         _check_folder(folder)
-        self.manifest = stated_by(folder)
-        if self.manifest is None and (folder / UNFINISHED).exists():
+        manifest = stated_by(folder)
+        if manifest is None and (folder / UNFINISHED).exists():
             raise UserError(f"{folder}: its dump was not finished; run the same dump again")
-        stated = (self.manifest or {}).get("files", [])
+        stated = (manifest or {}).get("files", [])
         self._entries = {str(entry.get("path")): entry for entry in stated if isinstance(entry, dict)}
-        self._layers: dict[str, LoadedLayer] = {}
+        found: dict[int | None, dict[str, Path]] = {None: _stage_files(folder)}
         for index, path in _layer_folders(folder):
             if files := _stage_files(path):
-                if f"layer-{index}" in self._layers:
+                if index in found:
                     raise UserError(f"{folder}: layer-{index} and {path.name} are the same layer; remove one of them")
-                self._layers[f"layer-{index}"] = LoadedLayer(self, index, files)
-        self._whole = LoadedLayer(self, None, _stage_files(folder))
-        if not self._layers and not self._whole:
+                found[index] = files
+        if not any(found.values()):
             raise UserError(f"{folder}: holds no stage's file, like layer-0/attn_norm.bin")
-
-    def __getitem__(self, name: str) -> Any:
-        layer, slash, stage = name.partition("/")
-        if slash:
-            return self[layer][stage]
-        if layer in self._layers:
-            return self._layers[layer]
-        if _canonical(name) in self._whole:
-            return self._whole[name]
-        raise NotThere(f"{self.folder}: no {name!r}; it has {', '.join(self)}")
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._layers
-        yield from self._whole
-
-    def __len__(self) -> int:
-        return len(self._layers) + len(self._whole)
-
-    def __repr__(self) -> str:
-        known = self.manifest or {}
-        facts = [str(known[key]) for key in ("producer", "model", "dtype") if key in known] or ["no manifest"]
-        facts += [f"{len(tokens)} tokens"] if (tokens := known.get("tokens")) else []
-        count = sum(map(len, self._layers.values())) + len(self._whole)
-        names = [*self._layers]
-        names = names if len(names) < 4 else [names[0], "…", names[-1]]
-        return f"{self.folder}: {', '.join(facts)}; {count} files: {', '.join([*names, *self._whole])}"
+        opens = {n: {name: partial(self.open, n, name, path) for name, path in found[n].items()} for n in found}
+        super().__init__(str(folder), manifest, opens)
 
     def open(self, layer: int | None, stage: str, path: Path) -> Named:
         """The tensor of a file, in the shape that the manifest gives it. Raises `UserError` for a broken one."""
@@ -115,19 +58,19 @@ class LoadedTree(Mapping[str, LoadedLayer | Named]):
         entry = self._entries.get(path.relative_to(self.folder).as_posix(), {})
         name = stage if layer is None else f"layer-{layer}/{stage}"
         if "shape" not in entry:
-            return Named(name, values, None)
+            return Named(name, values, None, {})
         shape, axes = entry["shape"], entry.get("axes")
         whole = isinstance(shape, list) and len(shape) <= MOST_AXES and all(type(n) is int and n >= 0 for n in shape)
         named = axes is None or (isinstance(axes, list) and len(axes) == len(shape if whole else ()))
         if not (whole and named and math.prod(shape) == values.size):
             stated = f"shape {brief(shape)}, axes {brief(axes)}"
             raise UserError(f"{path}: holds {values.size} values, and {MANIFEST} says {stated}")
-        figures = {key: entry[key] for key in _FIGURES if isinstance(entry.get(key), float)}
+        figures = {key: entry[key] for key in SHOWN if isinstance(entry.get(key), float)}
         return Named(name, values.reshape(shape), None if axes is None else tuple(map(str, axes)), figures)
 
 
-def load_tree(folder: str | Path) -> LoadedTree:
-    """Open a dumped tree of any producer; files are mapped when they are asked for.
+def load_tree(folder: str | Path) -> NamedTree:
+    """Open a dumped tree of any producer, a folder or one `.safetensors` file; tensors are mapped when asked for.
 
     A tensor whose file is written later shows the new values or a mixture, and one whose file is cut ends the process
     (SIGBUS), as with any map. Of a tree that its engine may write again, keep copies: `np.array(tree["lm_head"])`. A
@@ -135,7 +78,26 @@ def load_tree(folder: str | Path) -> LoadedTree:
     and end in one line. Raises `UserError` for a folder that holds no tree, and for what is not in it, with a list of
     what is.
     """
-    return LoadedTree(Path(folder))
+    path = Path(folder)
+    return _loaded_file(path) if path.suffix == ".safetensors" and path.is_file() else LoadedTree(path)
+
+
+def _loaded_file(path: Path) -> NamedTree:
+    """The tensors of one safetensors file, called like `layer-0/attn_norm`, in their own shapes."""
+    opens: dict[int | None, dict[str, Open]] = {}
+    for name, extent in open_all(path).items():
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise UserError(f"{path}: {brief(name)} is no name of a tensor")
+        layer, stage = None if found[1] is None else int(found[1]), canonical(found[2])
+        if stage in opens.setdefault(layer, {}):
+            raise UserError(f"{path}: {brief(name)} and another name are the same stage; remove one of them")
+        opens[layer][stage] = partial(_named, name, extent)
+    return NamedTree(str(path), None, opens)
+
+
+def _named(name: str, extent: Extent) -> Named:
+    return Named(name, np.asarray(extent.map()), None, {})
 
 
 def inside(folder: Path) -> list[Path]:
@@ -170,12 +132,7 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
     if not stat.S_ISDIR(mode):
-        raise UserError(f"{folder}: is a file, and a tree is a folder")
-
-
-def _canonical(stage: str) -> str:
-    lowered = stage.strip().lower()
-    return ALIASES.get(lowered, lowered)
+        raise UserError(f"{folder}: is a file, and a tree is a folder, or one .safetensors file of all tensors")
 
 
 def _layer_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -189,7 +146,7 @@ def _stage_files(folder: Path) -> dict[str, Path]:
     for path in inside(folder):
         if path.name.startswith(".") or path.suffix not in FORMS:
             continue
-        name = _canonical(path.stem)
+        name = canonical(path.stem)
         if name in found:
             names = f"{plain(found[name].name)} and {plain(path.name)}"
             raise UserError(f"{folder}: {names} are the same stage; remove one of them")

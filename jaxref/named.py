@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from jaxref.stage_file import figures_of
 from jaxref.stages import STAGES
 
 
@@ -17,13 +18,13 @@ class Named(NDArrayOperatorsMixin):
     """One tensor. NumPy, JAX and matplotlib take it as an array; what they compute from it is a plain array.
 
     `values` is a read-only map of the file: nothing is read until it is used, and what is read is what lies there then.
-    `axes` are None where nobody said them.
+    `axes` are None where nobody said them; `figures` (min, max, rms) None where they are taken when it is shown.
     """
 
     name: str
     values: np.ndarray
     axes: tuple[str, ...] | None
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +61,7 @@ class Named(NDArrayOperatorsMixin):
         axes = ", ".join(f"{axis}={size}" for axis, size in self.sizes.items())
         shape = f"[{axes}]" if axes else f"{list(self.shape)} (axes unknown: no manifest says them)"
         stage = STAGES.get(self.name.rpartition("/")[2])
-        known = ", ".join(f"{figure} {value:.4g}" for figure, value in self.figures.items())
+        figures = figures_of(self.values) if self.figures is None else self.figures
+        known = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items())
         parts = self.name, f"{self.dtype} {shape}", stage.meaning if stage else "", known
         return "  ".join(part for part in parts if part)

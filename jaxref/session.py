@@ -25,7 +25,7 @@ from jaxref.reader import Reader, Warn, warn_on_stderr
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
 from jaxref.stages import STAGES
 from jaxref.stream import trace
-from weights import Checkpoint, Expert, Layer, UserError, open_checkpoint
+from weights import Checkpoint, Config, Expert, Layer, UserError, open_checkpoint
 from weights.errors import brief
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Session:
         warn: Warn = warn_on_stderr,
     ) -> None:
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        self.device, self.mesh = _placed(device, mesh)
+        self.device, self.mesh = placed(device, mesh)
         self.config, self.numerics = self.checkpoint.config, numerics_of(dtype).on(self.device, self.mesh)
         self._limit, self._longest = memory_limit(self.device, max_memory), 0  # the longest prompt that is known to fit
         self._fits(self.selection(1))
@@ -73,7 +73,7 @@ class Session:
         The bytes are those of a dump with `--positions all`. `tokens` [S] are ids. Raises `UserError` where they are
         none or outside the vocabulary, where the trace does not fit beside the parameters, or after `close`.
         """
-        ids = self._ids(tokens)
+        ids = token_ids(tokens, self.config)
         selection = self.selection(len(ids), positions="all")
         if len(ids) > self._longest:
             logits = len(ids) * self.config.vocab_size * self.numerics.compute.itemsize  # in blocks, then joined
@@ -99,7 +99,7 @@ class Session:
         """
         from jaxref.dump import Job, dump
 
-        ids = self._ids(tokens)
+        ids = token_ids(tokens, self.config)
         selection = self.selection(len(ids), **wanted)
         self._fits(selection)
         place = {"device": self.device, "mesh": self.mesh}
@@ -152,17 +152,6 @@ class Session:
         routed = any(map(self.config.is_moe, range(self.config.num_hidden_layers)))
         return self.numerics.gpu and whole and not routed
 
-    def _ids(self, tokens: Tokens) -> list[int]:
-        try:
-            ids = [operator.index(token) for token in tokens]
-        except TypeError:
-            raise UserError(f"tokens {brief(tokens)}: whole numbers were expected, the ids of a tokenizer") from None
-        if not ids:
-            raise UserError("the prompt is empty; at least one token is needed")
-        if outside := [t for t in ids if not 0 <= t < self.config.vocab_size]:
-            raise UserError(f"token ids {outside[:8]} are outside the vocabulary, 0 to {self.config.vocab_size - 1}")
-        return ids
-
     def _fits(self, selection: Selection, kept: int = 0) -> None:
         """Raise `UserError` where this does not fit, with `kept` bytes of what was computed."""
         mesh = None if self.mesh is None else self.mesh.shape
@@ -175,7 +164,20 @@ class Session:
             )
 
 
-def _placed(device: str | Device | None, mesh: str | Mesh | None) -> tuple[Device, Mesh | None]:
+def token_ids(tokens: Tokens, config: Config) -> list[int]:
+    """Token ids [S] as plain numbers. Raises `UserError` where they are none, or outside the vocabulary."""
+    try:
+        ids = [operator.index(token) for token in tokens]
+    except TypeError:
+        raise UserError(f"tokens {brief(tokens)}: whole numbers were expected, the ids of a tokenizer") from None
+    if not ids:
+        raise UserError("the prompt is empty; at least one token is needed")
+    if outside := [t for t in ids if not 0 <= t < config.vocab_size]:
+        raise UserError(f"token ids {outside[:8]} are outside the vocabulary, 0 to {config.vocab_size - 1}")
+    return ids
+
+
+def placed(device: str | Device | None, mesh: str | Mesh | None) -> tuple[Device, Mesh | None]:
     """The device, which of a mesh is its first, and the mesh. Raises `UserError` where there is none such."""
     if isinstance(mesh, Mesh):
         if TENSOR not in mesh.shape or mesh.size != mesh.shape[TENSOR]:

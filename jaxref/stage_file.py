@@ -19,6 +19,7 @@ from weights import UserError
 
 AT_ONCE = 1 << 18  # numbers that stay in a core's own cache while they are summed, written and hashed
 CHUNK = 1 << 16  # and in the first ones while they are summed
+SHOWN = ("min", "max", "rms")  # of the figures, where there is room for a few
 
 
 class Figures:
@@ -63,6 +64,13 @@ class Figures:
             "nan": self.nan,
             "inf": self.inf,
         }
+
+
+def figures_of(values: np.ndarray) -> dict[str, float]:
+    """min, max and rms of the finite values of an array; nothing where none is finite."""
+    figures = Figures()
+    figures.add(values)
+    return {name: value for name, value in figures.to_json().items() if name in SHOWN and value is not None}
 
 
 class StageFile:

@@ -17,7 +17,6 @@ import jaxref
 import matplotlib.pyplot as plt
 import numpy as np
 import treescope
-from jaxref.loaded import load_tree
 from jaxref.stages import stages_of
 from weights import EMBEDDED, open_checkpoint
 
@@ -155,7 +154,7 @@ for head in range(heads):
 with tempfile.TemporaryDirectory() as folder:
     command = ["jaxref", "dump", MODEL, "--prompt", PROMPT, "--output", folder, "--quiet"]
     subprocess.run([sys.executable, "-m", *command], check=True)
-    tree = load_tree(folder)
+    tree = jaxref.load_tree(folder)
     stored = tree[f"layer-{LAYER}"]["attn_softmax"]
     print(stored)
     print("greatest difference from the trace:", np.abs(stored - weights).max())

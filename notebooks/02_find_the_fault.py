@@ -12,59 +12,27 @@
 
 # %%
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import jaxref
-import numpy as np
 import oracle
-from jaxref.aprt import aprt_header
 from weights import EMBEDDED, open_checkpoint
 
 model = open_checkpoint(EMBEDDED)
 tokens = [54, 71, 64, 83, 220, 17, 10, 17, 30, 64, 71, 54]
-scratch = TemporaryDirectory()
-folder = Path(scratch.name)
-
-# %% [markdown]
-# What an engine has to do to take part: twelve bytes and its floats, a file a stage.
-
-
-# %%
-def write(trace: dict, tree: Path) -> Path:
-    for key, value in trace.items():
-        stages = value if isinstance(value, dict) else {key: value}
-        layer = int(key.removeprefix("layer-")) if isinstance(value, dict) else None
-        for stage, x in stages.items():
-            path = tree / (key if layer is not None else "") / f"{stage}.bin"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(aprt_header(layer, x.shape) + np.asarray(x, "<f4").tobytes())
-    return tree
-
-
 wrong = replace(model.config, rope_theta=500000.0)
-engine = write(jaxref.forward(model.params(), tokens, wrong, "float16"), folder / "engine")
+engine = jaxref.forward(model.params(), tokens, wrong, "float16")  # {"layer-0": {"attn_norm": [S, D], …}, …}
 
 # %% [markdown]
+# That is all an engine has to do to take part: give its tensors by their stages' names. One in Python has them in a
+# dictionary, NumPy's, JAX's or torch's; any other writes them into files, a folder a layer (`docs/engines.md`).
+#
 # ## Where does it begin?
 #
 # Two trees beside the engine's: the truth in float64, and the yardstick, which is what float16 alone does to the truth.
 
 # %%
-from jaxref.dump import Job, dump
-from jaxref.precision import numerics_of
-from jaxref.selection import Selection, parse_layers, parse_stages
-
-
-def reference(dtype: str) -> Path:
-    config = model.config
-    layers = parse_layers("all", config.num_hidden_layers)
-    selection = Selection(config, len(tokens), parse_stages("all", config), layers)
-    dump(Job(model, tokens, selection, numerics_of(dtype), folder / dtype))
-    return folder / dtype
-
-
-result = oracle.compare(reference("float64"), engine, reference("float16"))
+truth, yardstick = (jaxref.make_tree(model, tokens, dtype) for dtype in ("float64", "float16"))
+result = oracle.compare(truth, engine, yardstick)
 print(result.first.key, "after", result.last_good)
 
 # %% [markdown]

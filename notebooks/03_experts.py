@@ -9,15 +9,13 @@
 
 # %%
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import jaxref
 import matplotlib.pyplot as plt
 import numpy as np
 import oracle
-from jaxref.loaded import load_tree
 from weights import open_checkpoint
 from weights.tiny import tiny_config, write_random
 
@@ -43,19 +41,11 @@ print(f"{len(moe)} of them with {E} experts, {A} a token; {len(tokens)} tokens")
 # ## Two runs of the same model
 #
 # Once in float64, the ground truth, and once in float16 with the roundings that float16 inference has. By default the
-# stages of experts are written for the last position alone, as the engines do; here all are wanted.
-
+# stages of experts are kept for the last position alone, as the engines do; here all are wanted.
 
 # %%
-def dump(dtype):
-    folder = SCRATCH / dtype
-    choice = ["--stages", STAGES, "--positions", "all", "--dtype", dtype]
-    command = ["jaxref", "dump", MODEL, "--prompt", TEXT, *choice, "--output", str(folder), "--quiet"]
-    subprocess.run([sys.executable, "-m", *command], check=True)
-    return load_tree(folder)
-
-
-truth, half = dump("float64"), dump("float16")
+wanted = {"stages": STAGES, "positions": "all"}
+truth, half = (jaxref.make_tree(model, TEXT, dtype, **wanted) for dtype in ("float64", "float16"))
 truth[f"layer-{moe[0]}"]
 
 # %% [markdown]
@@ -168,7 +158,7 @@ plt.show()
 # comes after it counts at the other tokens.
 
 # %%
-result = oracle.compare(SCRATCH / "float64", SCRATCH / "float16")
+result = oracle.compare(truth, half)
 print(result.verdict, "after", len(result.comparisons), "stages")
 for found in result.comparisons:
     for note in found.notes:

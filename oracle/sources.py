@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxref.loaded import FORMS, inside
+from jaxref.loaded import FORMS, LoadedTree, inside, stated_by
+from jaxref.named_tree import NamedTree
 from jaxref.safetensors_stages import open_all
 from jaxref.stages import Key, stage_named
 from jaxref.tree import MANIFEST, UNFINISHED, stage_path
@@ -24,16 +25,20 @@ from weights.extent import Extent
 from weights.safetensors_file import DTYPES, WHOLE
 from weights.watched import Version
 
-Given = str | Path | Mapping[str, Any]  # a folder, a .safetensors file, or arrays by name
+Given = str | Path | Mapping[str, Any]  # a folder, a .safetensors file, arrays by name, a tree of jaxref's
 _NAME = re.compile(r"(?:layer-([0-9]{1,9})/)?([^/]+)")
 _PACKED = (".zip", ".gz", ".tgz", ".tar", ".zst", ".xz", ".bz2", ".7z")
 _NUMBERS = {*DTYPES.values(), *WHOLE.values()}
 
 
 class Source(Protocol):
-    """The tensors of one tree. `folder` is how messages call it, `files` where each stage lies, for messages too."""
+    """The tensors of one tree, and its manifest if it has one.
+
+    `folder` is how messages call it, `files` where each stage lies, for messages too.
+    """
 
     folder: Path
+    manifest: dict[str, Any] | None
     files: dict[Key, Path]
     unknown: list[str]
 
@@ -44,9 +49,9 @@ class Source(Protocol):
 
 def source_of(given: Given, role: str) -> Source:
     """What is given as a tree. Raises `UserError` for what is none, or holds no stage."""
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and not isinstance(given, LoadedTree):
         return Arrays(given, Path(f"{role} arrays"))
-    path = Path(given)
+    path = given.folder if isinstance(given, LoadedTree) else Path(given)
     if not path.exists():
         kind = "file" if path.suffix == ".safetensors" else "folder"
         raise UserError(f"{path}: no such {kind} (the {role} tree)")
@@ -75,6 +80,7 @@ class Folder:
             known = ", ".join(f"layer-0/attn_norm{suffix}" for suffix in FORMS)
             words = f"holds no stage's file (like {known}), so there is nothing to compare"
             raise UserError(f"{folder}: {words}{seems(folder)}")
+        self.manifest = stated_by(folder)
 
     def _find(self) -> dict[Key, Path]:
         found: dict[Key, Path] = {}
@@ -123,8 +129,8 @@ class Folder:
 class Named:
     """Tensors that are known by names like `layer-0/attn_norm` and `lm_head`; of the others the names alone count."""
 
-    def __init__(self, tensors: Mapping[str, Any], folder: Path) -> None:
-        self.folder, self.unknown = folder, list[str]()
+    def __init__(self, tensors: Mapping[str, Any], folder: Path, manifest: dict[str, Any] | None = None) -> None:
+        self.folder, self.manifest, self.unknown = folder, manifest, list[str]()
         self.files: dict[Key, Path] = {}
         self._tensors: dict[Key, Extent | np.ndarray] = {}
         for name, values in tensors.items():
@@ -157,7 +163,7 @@ class Arrays(Named):
     """Arrays by name, or by layer and name as `jaxref.forward` gives them. Raises `UserError` for what is no array."""
 
     def __init__(self, arrays: Mapping[str, Any], folder: Path) -> None:
-        super().__init__(dict(_flat(arrays)), folder)
+        super().__init__(dict(_flat(arrays)), folder, arrays.manifest if isinstance(arrays, NamedTree) else None)
 
 
 def _flat(arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

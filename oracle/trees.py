@@ -7,7 +7,6 @@ from collections import Counter
 import ml_dtypes
 import numpy as np
 
-from jaxref.loaded import stated_by
 from jaxref.stages import STAGES, Key
 from jaxref.tree import MANIFEST, stage_path
 from oracle.sources import Given, source_of
@@ -33,8 +32,8 @@ class Tree:
     def __init__(self, given: Given, role: str, positions: tuple[int, ...] | None = None) -> None:
         self.role, self.asked_positions = role, positions
         self._source = source_of(given, role)
-        self.folder, self.files, self.unknown = self._source.folder, self._source.files, self._source.unknown
-        self.manifest = stated_by(self.folder) if self.folder.is_dir() else None
+        self.folder, self.manifest = self._source.folder, self._source.manifest
+        self.files, self.unknown = self._source.files, self._source.unknown
         self._check_positions()
         self.config = self._config()
         self.tokens = self._tokens()

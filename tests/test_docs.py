@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import jaxref
 from jaxref.reference import reference
 from oracle.verdict import BOUNDS, Rules
 
@@ -37,3 +39,28 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"`((?:jaxref|weights|oracle|tests|docs|notebooks)/[\w/]+\.\w+)`", page.read_text("utf-8")):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/devices.md"])
+def test_examples_in_python_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need another machine or an engine of the reader's excepted, which is played here."""
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert examples
+    for code in examples:
+        names = {"MODEL": "tiny", "run_my_engine": lambda prompt: engine(1.0)}
+        exec(compile(code, page, "exec"), names)
+        if "run_my_engine" in code:
+            names["test_engine_matches_the_reference"]()
+            names["run_my_engine"] = lambda prompt: engine(1.01)
+            with pytest.raises(AssertionError, match="layer-2/ffn_out"):
+                names["test_engine_matches_the_reference"]()
+
+
+def engine(factor: float) -> tuple[list[int], dict[str, np.ndarray]]:
+    """What an engine in float16 gives whose ffn_out of layer 2 is scaled."""
+    tokens = [54, 71, 64, 83, 220]
+    made = jaxref.make_tree("tiny", tokens, "float16")
+    found = {f"{layer}/{stage}": np.array(x) for layer in list(made)[:-2] for stage, x in made[layer].items()}
+    found |= {name: np.array(made[name]) for name in list(made)[-2:]}
+    return tokens, found | {"layer-2/ffn_out": factor * found["layer-2/ffn_out"]}
