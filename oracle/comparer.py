@@ -52,7 +52,7 @@ class _Comparer:
         if config is None or tokens is None:
             raise UserError(
                 f"{trees['reference'].folder}: has no manifest, and the shapes come from there; make the reference by"
-                " `python -m jaxref dump` (in Python `jaxref.make_tree`), or compare two files by `python -m oracle diff`"
+                " `python -m jaxref dump`, in Python by `jaxref.make_tree`, or compare files by `python -m oracle diff`"
             )
         self.dims = config.dims() | {"S": len(tokens)}
         for tree in trees.values():
