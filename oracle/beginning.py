@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxref.stages import Key
-from oracle.case import Unknown, narrowed, rows_at
+from oracle.case import Unknown, narrowed, rows_at, shared_positions
 from oracle.engine_tree import Value
 from oracle.judge import judged
 from oracle.replay import Replay
@@ -71,7 +71,7 @@ def _right(replay: Replay, key: Key, before: Key, state: Value, numerics: str) -
     case, own = replay.case(key, {before: state}), replay.engine.value(key)
     if isinstance(case, Unknown) or own is None:
         return False
-    at = tuple(p for p in case.positions if p in set(own.positions))
+    at = shared_positions(case.positions, own.positions)
     if not at:
         return False
     case, engine = narrowed(case, at), rows_at(own, at, key[1])

@@ -98,25 +98,26 @@ class Bench:
         try:
             with np.errstate(all="ignore"):
                 found = run()
-                if found.shape != self.engine.shape or not np.isfinite(found[self.shown_at]).all():
-                    return float("inf")  # the distance is over what is finite in both
-                if np.isfinite(found[self.lost]).any():
+                if found.shape != self.engine.shape:
                     return float("inf")
+                finite = np.isfinite(found)
+                if not finite[self.shown_at].all() or finite[self.lost].any():
+                    return float("inf")  # the distance is over what is finite in both
                 stored = found.astype(self.replay.emulated.compute).astype(np.float64)
                 # A value that the engine rounded once is that of the right variant rounded, to the bit.
-                return min(relative(self.engine, x, self.shown_at & np.isfinite(x)) for x in (found, stored))
+                kept = (found, self.shown_at), (stored, self.shown_at & np.isfinite(stored))
+                return min(relative(self.engine, x, keep) for x, keep in kept)
         except (TypeError, ValueError, IndexError, KeyError, FloatingPointError):
             return float("inf")  # shapes that do not go together: this is not what the engine did
 
     def matrix(self, field: str) -> np.ndarray:
         """The stage's own tensor of this field, of an expert's stage that of the first expert of the first row."""
         if self.case.experts is None:
-            return np.asarray(getattr(self.case.params, field))
+            return self.replay.weight(self.case.params, field)
         return np.asarray(getattr(self.replay.expert(self.layer or 0, int(self.case.experts.flat[0])), field))
 
     def _weight(self, field: str, pick: Pick | None) -> np.ndarray:
-        own = np.asarray(getattr(self.case.params, field))
-        return own if pick is None else pick(partial(self._get, field))
+        return self.replay.weight(self.case.params, field) if pick is None else pick(partial(self._get, field))
 
     def _get(
         self, field: str, name: str | None = None, layer: int | None = None, shift: int = 0, read: Read | None = None

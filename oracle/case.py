@@ -53,6 +53,14 @@ class Case:
         return self.key[1]
 
 
+def shared_positions(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    """The positions of the first that the second has too."""
+    if first == second:
+        return first
+    there = set(second)
+    return tuple(position for position in first if position in there)
+
+
 def rows_at(value: Value, positions: tuple[int, ...], stage: str) -> np.ndarray:
     """The rows of some positions; attention's maps count them on their second axis."""
     if value.positions == positions:

@@ -14,7 +14,7 @@ from jaxref.model import head_rows
 from jaxref.reader import Reader
 from jaxref.stages import Key
 from oracle.beginning import SUM, Beginning, beginning
-from oracle.case import Case, Unknown, Whole, rows_at
+from oracle.case import Case, Unknown, Whole, rows_at, shared_positions
 from oracle.engine_tree import EngineTree, Value
 from oracle.local import NO_TOKENS, TELLS, Found, other_weights
 from oracle.measuring import Measuring, Visit
@@ -156,7 +156,7 @@ class _Job:
         if isinstance(before, Unknown) or own is None:
             self.measuring.unknown[key] = before.reason if isinstance(before, Unknown) else "not readable"
             return
-        at = tuple(p for p in own.positions if p in set(before.positions))
+        at = shared_positions(own.positions, before.positions)
         if not at:
             self.measuring.unknown[key] = "no position in common with its inputs"
             return

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxref.stages import Key
 from oracle import routing
-from oracle.case import INDICES, Case, narrowed, rows_at
+from oracle.case import INDICES, Case, narrowed, rows_at, shared_positions
 from oracle.deviations import distance, worst
 from oracle.dumps import Dumps
 from oracle.engine_tree import EngineTree, Value
@@ -60,7 +60,7 @@ class Measuring:
         """The engine's rows of a stage beside what its case gives; `truth` is what they should be."""
         own = self.replay.value(key)
         assert isinstance(own, Value)
-        at = tuple(p for p in case.positions if p in set(own.positions))
+        at = shared_positions(case.positions, own.positions)
         if not at:
             self.unknown[key] = "no position in common with its inputs"
             return

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxref.stages import STAGES, TOKENS, Key, inputs_of
-from oracle.case import INDICES, WHOLE, Case, Unknown, rows_at
+from oracle.case import INDICES, WHOLE, Case, Unknown, rows_at, shared_positions
 from oracle.engine_tree import EngineTree, Value
 from oracle.local import NO_TOKENS
 from oracle.runner import Runner
@@ -131,22 +131,20 @@ class Replay(Runner):
     def _gather(self, key: Key, values: list[Value | str]) -> Case | Unknown:
         stage = key[1]
         rowwise = [v for i, v in enumerate(values) if isinstance(v, Value) and (stage, i) not in WHOLE]
-        alike = {value.positions for value in rowwise}
-        positions = set(range(self.engine.count)).intersection(*alike)
-        experts = None
+        alike, experts = {value.positions for value in rowwise}, None
+        at = next(iter(alike)) if len(alike) == 1 else self._common(alike)
         through = [name for v in values if isinstance(v, Value) for name in v.through]
         if STAGES[stage].per_expert:
             chosen = self.value((key[0], INDICES))
             if isinstance(chosen, Unknown):
                 return chosen
-            positions &= set(chosen.positions)
-            experts = rows_at(chosen, tuple(sorted(positions)), stage).astype(int)
+            at = shared_positions(at, chosen.positions)
+            experts = rows_at(chosen, at, stage).astype(int)
             through += chosen.through
             if experts.size and not 0 <= experts.min() <= experts.max() < self.config.num_experts:
                 return Unknown(f"{path_of((key[0], INDICES))} names experts that do not exist")
-        if not positions:
+        if not at:
             return Unknown("its inputs have no position in common")
-        at = tuple(sorted(positions))
         inputs: list[np.ndarray] = []
         for i, value in enumerate(values):
             if isinstance(value, Value):
@@ -156,6 +154,10 @@ class Replay(Runner):
             else:
                 inputs.append(self._positions(stage, i, at, inputs))
         return Case(key, tuple(inputs), at, self._params, experts, tuple(dict.fromkeys(through)))
+
+    def _common(self, several: set[tuple[int, ...]]) -> tuple[int, ...]:
+        """What all of them have; all positions where there are none of them."""
+        return tuple(sorted(set(range(self.engine.count)).intersection(*several)))
 
     @staticmethod
     def _positions(stage: str, index: int, at: tuple[int, ...], before: list[np.ndarray]) -> np.ndarray:

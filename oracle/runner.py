@@ -32,11 +32,20 @@ class Runner:
         self._experts: dict[tuple[int, int], Expert] = {}
         self._params: Any = None
         self._rounded: Any = None
+        self._held: dict[str, np.ndarray] = {}  # of `_params`, by field
         self._layer: int | None = -1
 
     def enter(self, layer: int | None, params: Any) -> None:
         """Go on to a layer (None: the whole model) with its parameters in float64."""
-        self._layer, self._params, self._rounded, self._experts = layer, params, None, {}
+        self._layer, self._params, self._rounded, self._experts, self._held = layer, params, None, {}, {}
+
+    def weight(self, params: Any, field: str) -> np.ndarray:
+        """A parameter in NumPy; those of the present layer are turned into that once."""
+        if params is not self._params:
+            return np.asarray(getattr(params, field))
+        if field not in self._held:
+            self._held[field] = np.asarray(getattr(params, field))
+        return self._held[field]
 
     def exact(self, case: Case, **changes: Any) -> np.ndarray:
         """The stage in float64. `changes` replace its settings."""
@@ -53,7 +62,7 @@ class Runner:
         function, stage = variant_of(case.stage), STAGES[case.stage]
         if function is None or stage.per_expert or sum(x.size for x in case.inputs) > SMALL:
             return self.exact(case)
-        w = {field: np.asarray(getattr(case.params, field)) for field in stage.params}
+        w = {field: self.weight(case.params, field) for field in stage.params}
         with np.errstate(all="ignore"):
             return function(list(case.inputs), w, stage.settings(self.config, case.key[0] or 0))
 

@@ -7,7 +7,7 @@ those of two hypotheses together are a third. `x` are a stage's inputs, `w` its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -45,9 +45,12 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
         x, weight = x * weight, np.ones_like(weight)
     if s.get("centre"):
         x = x - x.mean(axis=-1, keepdims=True)
-    counted = np.arange(x.shape[-1]) < s.get("counted", x.shape[-1])
-    squares, outside = np.square(x) * counted, s.get("outside")
-    size = mean_square(x, counted, s["squares"]) if "squares" in s else squares.mean(axis=-1, keepdims=True)
+    counted, outside = np.arange(x.shape[-1]) < s.get("counted", x.shape[-1]), s.get("outside")
+    if "squares" in s:
+        size = mean_square(x, counted, s["squares"])
+    else:
+        size = np.square(x) * counted if "counted" in s else np.square(x)
+        size = size.sum(axis=-1, keepdims=True) / x.shape[-1]
     size = s["sizes"](size) if "sizes" in s else size
     if s.get("size") == "sum":
         size = size * x.shape[-1]
@@ -59,7 +62,8 @@ def _normed(x: Array, weight: Array, s: Switches) -> Array:
         unit = x * (1 / np.sqrt(size) + s["eps"])
     else:
         unit = x / (np.sqrt(size) + s["eps"] if outside == "root" else np.sqrt(size + s["eps"]))
-    factor = (weight + 1 if s.get("plus_one") else weight) ** s.get("power", 1)
+    factor = weight + 1 if s.get("plus_one") else weight
+    factor = factor ** s["power"] if "power" in s else factor
     return _rounded_unit(unit, factor, s) if "unit" in s else unit * factor
 
 
@@ -113,6 +117,7 @@ _BY_FUNCTION |= {f.__name__: f for f in (linear, add, silu, multiply, swiglu, mo
 _BY_FUNCTION["rms_norm"] = norm
 
 
+@cache
 def variant_of(stage: str) -> Callable[[list[Array], dict[str, Array], Switches], Array] | None:
     """The function with switches of a stage; None for the experts' ids, which are judged otherwise.
 

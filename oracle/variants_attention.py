@@ -48,11 +48,12 @@ def rope(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         cos, sin = (t.astype(tables).astype(np.float64) for t in (cos, sin))
     turned, rest = values[..., :width], values[..., width:]
     interleaved = s.get("interleaved")
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else np.split(turned, 2, axis=-1)
+    half = width // 2
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
     first = a * cos - b * sin
     second = b * cos + (first if s.get("in_place") else a) * sin
     turned = np.stack([first, second], -1).reshape(turned.shape) if interleaved else np.concatenate([first, second], -1)
-    found = np.concatenate([turned, rest], axis=-1)
+    found = np.concatenate([turned, rest], axis=-1) if width < h else turned
     if "first" in s:
         found = np.where((np.arange(heads) < s["first"])[:, None], found, values)
     found = s["after"](found) if "after" in s else found
@@ -102,7 +103,9 @@ def attn_softmax(x: list[Array], w: dict[str, Array], s: Switches) -> Array:
         if "block" in s:
             return _by_blocks(masked, powers, s)
         plus = {"zero": np.exp(-greatest), "greatest": 1.0}.get(s.get("plus", ""), 0.0)
-    found = np.nan_to_num(powers / (1 if s.get("undivided") else plus + powers.sum(axis=axis, keepdims=True)))
+    found = powers / (1 if s.get("undivided") else plus + powers.sum(axis=axis, keepdims=True))
+    if not np.isfinite(found).all():
+        found = np.nan_to_num(found)
     return found if "masked" in s else np.where(seen, found, 0.0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxref.stages import Key
-from oracle.case import Case, narrowed, rows_at
+from oracle.case import Case, narrowed, rows_at, shared_positions
 from oracle.engine_tree import EngineTree, Value
 from oracle.floor import MARGIN
 from oracle.judge import judged
@@ -63,7 +63,7 @@ class Yardstick:
         theirs = case if case.stage == "embedding" else self.replay.case(key)
         if not isinstance(own, Value) or not isinstance(theirs, Case):
             return None
-        at = tuple(p for p in theirs.positions if p in set(own.positions))
+        at = shared_positions(theirs.positions, own.positions)
         if not at:
             return None
         theirs, rows = narrowed(theirs, at), rows_at(own, at, case.stage)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxref.devices import find_devices
 from jaxref.home import to_numpy
+from jaxref.made import make_tree
 from jaxref.session import Session
 from tests.commands import ROOT, command
 from tests.conftest import prompt
@@ -78,6 +79,7 @@ def test_a_session_stays_resident_and_has_the_bytes_of_a_dump(zoo, tmp_path, nam
     folder, tokens = zoo(name), prompt(40, 272)[:count]
     words = ["--tokens", ",".join(map(str, tokens)), "--device", DEVICE, "--dtype", dtype, "--positions", "all"]
     assert command("dump", folder, *words, "--output", tmp_path / "tree", "--quiet").returncode == 0
+    made = make_tree(folder, tokens, dtype, positions="all", device=DEVICE)
     with Session(folder, dtype, DEVICE) as session:
         assert session.device == find_devices(DEVICE)[0]
         once, again = flat(session.forward(tokens)), flat(to_numpy(session.forward(tokens)))
@@ -85,6 +87,7 @@ def test_a_session_stays_resident_and_has_the_bytes_of_a_dump(zoo, tmp_path, nam
     for path, values in written.items():
         key = path.removesuffix(".bin")
         assert once[key].astype(np.float32).tobytes() == again[key].astype(np.float32).tobytes() == values.tobytes()
+        assert np.asarray(made[key], np.float32).tobytes() == values.tobytes()
 
 
 def test_a_session_that_does_not_fit_is_refused(wide) -> None:
