@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages, whole_number
-from weights import EMBEDDED, Checkpoint, UserError, open_checkpoint
+from weights import EMBEDDED, Checkpoint, Config, UserError, open_checkpoint
+from weights.errors import brief
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jax import Array
+
+    Tokens = Sequence[int] | np.ndarray | Array  # [S]
 
 DEFAULT_PROMPT = "What is 2+2?"
 # The default prompt in Qwen2's and Qwen3's vocabulary, for checkpoints without a tokenizer.
@@ -94,3 +104,16 @@ def parse_tokens(text: str) -> list[int]:
         return [whole_number(word) for word in re.split(r"\s*,\s*|\s+", text.strip())]
     except ValueError:
         raise UserError(f"tokens {text[:60]!r}: whole numbers between commas or blanks were expected") from None
+
+
+def token_ids(tokens: Tokens, config: Config) -> list[int]:
+    """Token ids [S] as plain numbers. Raises `UserError` where they are none, or outside the vocabulary."""
+    try:
+        ids = [operator.index(token) for token in tokens]
+    except TypeError:
+        raise UserError(f"tokens {brief(tokens)}: whole numbers were expected, the ids of a tokenizer") from None
+    if not ids:
+        raise UserError("the prompt is empty; at least one token is needed")
+    if outside := [t for t in ids if not 0 <= t < config.vocab_size]:
+        raise UserError(f"token ids {outside[:8]} are outside the vocabulary, 0 to {config.vocab_size - 1}")
+    return ids

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxref.asked import token_ids
 from jaxref.dump import Job, begun, feeder
+from jaxref.mesh import placed
 from jaxref.named import Named
 from jaxref.named_tree import NamedTree, Open
 from jaxref.pieces import Piece
 from jaxref.precision import numerics_of
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages, take_rows
-from jaxref.session import placed, token_ids
 from jaxref.stages import STAGES, Key
 from jaxref.tree import SCHEMA, stage_path
 from weights import Checkpoint, UserError, open_checkpoint
 
 if TYPE_CHECKING:
+    from jaxref.asked import Tokens
     from jaxref.precision import Device
-    from jaxref.session import Tokens
+    from jaxref.reader import Reader
+
+NOWHERE = Path("memory")  # where a job writes that writes nothing
 
 
 def make_tree(
@@ -62,16 +66,24 @@ def make_tree(
         ids,
         selection,
         numerics_of(dtype),
-        Path("memory"),
+        NOWHERE,
         prompt=prompt if isinstance(prompt, str) else None,
         device=placed(device, None)[0],
         as_stored=activations == "stored",
     )
+    return made(job)
+
+
+def made(job: Job, source: Reader | None = None) -> NamedTree:
+    """The tree of a job in memory, its `output` left alone. Raises `UserError` where there is nothing to compute.
+
+    A `source` that holds the parameters already is used in place of the checkpoint's files.
+    """
     job.check()
     job, run = begun(job)
-    kept = _Kept(selection)
-    feeder(job, lambda layer: None)(kept.offer)
-    return NamedTree(f"{checkpoint.name} in {dtype}", {"schema": SCHEMA, **run}, kept.opens())
+    kept = _Kept(job.selection)
+    feeder(job, lambda layer: None, source)(kept.offer)
+    return NamedTree(f"{job.checkpoint.name} in {job.numerics.name}", {"schema": SCHEMA, **run}, kept.opens())
 
 
 def _encoded(checkpoint: Checkpoint, text: str) -> list[int]:

@@ -15,6 +15,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxref.devices import find_devices
+from jaxref.precision import Device
 from weights import Config, UserError
 
 TENSOR = "tp"
@@ -117,3 +119,19 @@ def here(devices: Iterable[Any]) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """All of it on each device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def placed(device: str | Device | None, mesh: str | Mesh | None) -> tuple[Device, Mesh | None]:
+    """The device, which of a mesh is its first, and the mesh. Raises `UserError` where there is none such."""
+    if isinstance(mesh, Mesh):
+        if TENSOR not in mesh.shape or mesh.size != mesh.shape[TENSOR]:
+            raise UserError(f"the mesh has the axes {dict(mesh.shape)}; one axis {TENSOR!r} was expected")
+        return mesh.devices.flat[0], mesh
+    if device is None or isinstance(device, str):
+        devices = jax.devices() if device is None else find_devices(device)
+    else:
+        devices = [device]
+    if mesh is not None:
+        made = make_mesh(parse_mesh(mesh), devices)
+        return made.devices.flat[0], made
+    return devices[0], None

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxref.devices import find_devices, memory_limit, out_of_memory_in_words
+from jaxref.asked import token_ids
+from jaxref.devices import memory_limit, out_of_memory_in_words
 from jaxref.memory import plan_for, size, trace_bytes
-from jaxref.mesh import TENSOR, make_mesh, parse_mesh
+from jaxref.mesh import placed
 from jaxref.model import Trace, after_embedding, lm_head, query_rows
 from jaxref.pieces import join_blocks
 from jaxref.precision import Device, numerics_of
@@ -25,14 +24,14 @@ from jaxref.reader import Reader, Warn, warn_on_stderr
 from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
 from jaxref.stages import STAGES
 from jaxref.stream import trace
-from weights import Checkpoint, Config, Expert, Layer, UserError, open_checkpoint
-from weights.errors import brief
+from weights import Checkpoint, Expert, Layer, UserError, open_checkpoint
 
 if TYPE_CHECKING:
-    from jaxref.dump import Report
+    from jaxref.asked import Tokens
+    from jaxref.dump import Job, Report
+    from jaxref.named_tree import NamedTree
 
 
-Tokens = Sequence[int] | np.ndarray | Array  # [S]
 _program = jax.jit(after_embedding, static_argnames=("config", "numerics"))
 
 
@@ -97,15 +96,28 @@ class Session:
 
         Raises `UserError` before anything is written where it can't be.
         """
-        from jaxref.dump import Job, dump
+        from jaxref.dump import dump
+
+        job = self._job(tokens, Path(output), form, wanted)
+        with self._running() as source:
+            return dump(job, source=source)
+
+    def make_tree(self, tokens: Tokens, **wanted: Any) -> NamedTree:
+        """That tree in memory, with its manifest, as `jaxref.make_tree` gives it. Raises `UserError` as `dump`."""
+        from jaxref.made import NOWHERE, made
+
+        job = self._job(tokens, NOWHERE, "aprt", wanted)
+        with self._running() as source:
+            return made(job, source)
+
+    def _job(self, tokens: Tokens, output: Path, form: str, wanted: dict[str, Any]) -> Job:
+        from jaxref.dump import Job
 
         ids = token_ids(tokens, self.config)
         selection = self.selection(len(ids), **wanted)
         self._fits(selection)
         place = {"device": self.device, "mesh": self.mesh}
-        job = Job(self.checkpoint, ids, selection, self.numerics, Path(output), form, **place)
-        with self._running() as source:
-            return dump(job, source=source)
+        return Job(self.checkpoint, ids, selection, self.numerics, output, form, **place)
 
     def selection(
         self, count: int, *, stages: str = "all", layers: str = "all", positions: str | None = None
@@ -162,35 +174,6 @@ class Session:
                 f" ({size(plan.model)} of parameters), {size(self._limit)} may be used: take fewer tokens, a mesh,"
                 " or `python -m jaxref dump`, which streams the layers"
             )
-
-
-def token_ids(tokens: Tokens, config: Config) -> list[int]:
-    """Token ids [S] as plain numbers. Raises `UserError` where they are none, or outside the vocabulary."""
-    try:
-        ids = [operator.index(token) for token in tokens]
-    except TypeError:
-        raise UserError(f"tokens {brief(tokens)}: whole numbers were expected, the ids of a tokenizer") from None
-    if not ids:
-        raise UserError("the prompt is empty; at least one token is needed")
-    if outside := [t for t in ids if not 0 <= t < config.vocab_size]:
-        raise UserError(f"token ids {outside[:8]} are outside the vocabulary, 0 to {config.vocab_size - 1}")
-    return ids
-
-
-def placed(device: str | Device | None, mesh: str | Mesh | None) -> tuple[Device, Mesh | None]:
-    """The device, which of a mesh is its first, and the mesh. Raises `UserError` where there is none such."""
-    if isinstance(mesh, Mesh):
-        if TENSOR not in mesh.shape or mesh.size != mesh.shape[TENSOR]:
-            raise UserError(f"the mesh has the axes {dict(mesh.shape)}; one axis {TENSOR!r} was expected")
-        return mesh.devices.flat[0], mesh
-    if device is None or isinstance(device, str):
-        devices = jax.devices() if device is None else find_devices(device)
-    else:
-        devices = [device]
-    if mesh is not None:
-        made = make_mesh(parse_mesh(mesh), devices)
-        return made.devices.flat[0], made
-    return devices[0], None
 
 
 class Resident(Reader):

@@ -98,6 +98,17 @@ def test_and_so_does_a_loaded_one(zoo, tmp_path: Path) -> None:
     assert result.trees["reference"].folder == tmp_path / "tree"
 
 
+def test_a_session_makes_it_from_what_it_holds(zoo, tmp_path: Path) -> None:
+    with jaxref.Session(zoo("moe"), "bfloat16") as session:
+        made = session.make_tree(TOKENS, positions="1,2")
+        session.dump(TOKENS, tmp_path / "tree", form="safetensors", positions="1,2")
+        same_as_dumped(made, tmp_path / "tree")
+    write_tree(zoo("moe"), tmp_path / "alone", TOKENS, dtype="bfloat16", form="safetensors", positions="1,2")
+    same_as_dumped(made, tmp_path / "alone")
+    with pytest.raises(UserError, match="the session is closed"):
+        session.make_tree(TOKENS)
+
+
 def test_a_text_is_encoded(zoo, tmp_path: Path) -> None:
     made = jaxref.make_tree("tiny", "What is 2+2?", stages="embedding")
     shutil.copytree(zoo("qwen2"), tmp_path, dirs_exist_ok=True)
