@@ -6,10 +6,10 @@ from weights.lazily import lazily
 
 if TYPE_CHECKING:
     from oracle.comparer import compare
-    from oracle.testing import assert_parity
+    from oracle.testing import assert_parity, assert_weights
 
-__all__ = ["assert_parity", "compare"]
+__all__ = ["assert_parity", "assert_weights", "compare"]
 
-_HOME = {"oracle.comparer": ("compare",), "oracle.testing": ("assert_parity",)}
+_HOME = {"oracle.comparer": ("compare",), "oracle.testing": ("assert_parity", "assert_weights")}
 
 __getattr__ = lazily(__name__, _HOME)

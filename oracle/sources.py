@@ -141,7 +141,7 @@ class Named:
             if key in self.files:
                 raise UserError(f"{folder}: {brief(name)} and another name are the same stage of {_where(key)}")
             self.files[key] = folder / name
-            self._tensors[key] = values if isinstance(values, Extent) else _array(values, folder / name)
+            self._tensors[key] = values if isinstance(values, Extent) else array_of(values, folder / name)
         if not self.files:
             words = "holds no stage's tensor (called like layer-0/attn_norm), so there is nothing to compare"
             raise UserError(f"{folder}: {words}{_hint(list(tensors))}")
@@ -174,7 +174,8 @@ def _flat(arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(name), values
 
 
-def _array(values: Any, name: Path) -> np.ndarray:
+def array_of(values: Any, name: Path) -> np.ndarray:
+    """What is given as an array, torch's too, as NumPy's. Raises `UserError` where it holds no numbers."""
     try:
         found = np.asarray(_of_torch(values))
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""`python -m oracle weight MODEL all FILE`: every tensor that an engine saved beside the checkpoint's."""
+"""Every tensor that an engine holds beside the checkpoint's: `python -m oracle weight MODEL all FILE`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from jaxref.safetensors_stages import open_all
@@ -20,24 +18,14 @@ from jaxref.show import progress_bar
 from oracle.metrics import jsonable
 from oracle.report import WIDTH, print_wrapped
 from oracle.told import layers_in_words
-from oracle.weight import Held, hugging_faces, matrix_shape
-from oracle.weight_told import MEANT, SCHEMA, as_json, reasons, tell
+from oracle.weight import Held, matrix_shape
+from oracle.weight_parts import Part, Tensors, held_names, parts_of
+from oracle.weight_told import MEANT, SCHEMA, Told, as_json, reasons, tell
 from weights import Checkpoint, UserError
 from weights.errors import brief, listed
-from weights.extent import Extent
-from weights.gguf_file import EVERY
 
 SHOWN = 8  # names of one kind
 _LAYER = re.compile(r"\b(?:layers|blk)\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A tensor of an engine's file: its name there, what the checkpoint calls it, and how its values are read."""
-
-    name: str
-    theirs: str
-    read: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -71,43 +59,52 @@ def run_all(checkpoint: Checkpoint, path: Path, *, json_wanted: bool) -> int:
     """Judge all tensors of a safetensors file and print it; the exit code. Raises `UserError` for any other file."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: all tensors are read from one .safetensors file, by their names")
-    given, found = open_all(path), Judged()
-    named = list(_named(checkpoint, given, found.unknown))
-    if not named:
-        raise UserError(f"{path}: no name in it is a tensor's of {checkpoint.name}, like {checkpoint.tensor_names[0]}")
-    found.missing = sorted(set(checkpoint.tensor_names) - {each.theirs for each in named})
-    with progress_bar(len(named), quiet=json_wanted, what="tensor") as progress:
-        for place, each in enumerate(named):
-            _judge(checkpoint, each, found, json_wanted)
-            progress(place)
+
+    def tell_each(told: Told) -> None:
+        if json_wanted:
+            print(json.dumps(as_json(told), allow_nan=False))
+
+    given = open_all(path, wanted=held_names(checkpoint))
+    with progress_bar(len(given), quiet=json_wanted, what="tensor") as progress:
+        found = judge_all(checkpoint, given, str(path), tell_each, progress)
     if json_wanted:
         print(json.dumps(_summary(found), allow_nan=False))
     else:
         out = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-        for line in _lines(found):
+        for line in lines(found):
             print_wrapped(out, line, 12)
     return found.exit_code
 
 
-def _named(checkpoint: Checkpoint, given: dict[str, Extent], unknown: list[str]) -> Iterator[Given]:
-    """Each tensor of a file that is one of the checkpoint's; those of a stack of experts one by one."""
+def judge_all(
+    checkpoint: Checkpoint,
+    given: Tensors,
+    where: str,
+    heard: Callable[[Told], None] = lambda told: None,
+    progress: Callable[[int], None] = lambda place: None,
+) -> Judged:
+    """Judge tensors by their names; `where` they are, for messages. `heard` has each verdict.
+
+    Those whose names are none of the checkpoint's are not looked at. `progress` is called with the place of each that
+    is done. Raises `UserError` where none is the checkpoint's.
+    """
+    found, seen = Judged(), set[str]()
     known = set(checkpoint.tensor_names)
-    for name, values in given.items():
-        theirs = hugging_faces(checkpoint, name)
-        if theirs in known:
-            yield Given(name, theirs, partial(np.asarray, values))
-        elif EVERY in theirs and len(values.shape) == 3:
-            for expert in range(values.shape[0]):
-                one = theirs.replace(EVERY, f".{expert}.")
-                if one in known:
-                    yield Given(one, one, partial(values.__getitem__, expert))
-                else:
-                    unknown.append(f"{name}[{expert}]")
-        else:
-            unknown.append(name)
+    for place, name in enumerate(given):
+        parts = list(parts_of(checkpoint, known, name, given))
+        found.unknown += [part.name for part in parts if part.theirs not in known] if parts else [name]
+        for part in parts:
+            if part.theirs in known:
+                seen.add(part.theirs)
+                _judge(checkpoint, part, found, heard)
+        progress(place)
+    if not seen:
+        raise UserError(f"{where}: no name in it is a tensor's of {checkpoint.name}, like {checkpoint.tensor_names[0]}")
+    found.missing = sorted(known - seen)
+    return found
 
 
-def _judge(checkpoint: Checkpoint, given: Given, found: Judged, json_wanted: bool) -> None:
+def _judge(checkpoint: Checkpoint, given: Part, found: Judged, heard: Callable[[Told], None]) -> None:
     name, theirs, array = given.name, given.theirs, given.read()
     rows, width = matrix_shape(checkpoint.shape(theirs))
     if array.size != rows * width:
@@ -121,11 +118,11 @@ def _judge(checkpoint: Checkpoint, given: Given, found: Judged, json_wanted: boo
         found.wrong.append(Wrong(name, stored, told.apart.relative_l2, why))
     else:
         found.same[told.left] += 1
-    if json_wanted:
-        print(json.dumps(as_json(told), allow_nan=False))
+    heard(told)
 
 
-def _lines(found: Judged) -> Iterator[str]:
+def lines(found: Judged) -> Iterator[str]:
+    """For people: what differs, grouped by cause; what is missing; how many are the same."""
     groups: dict[tuple[str, str], list[Wrong]] = defaultdict(list)
     for wrong in found.wrong:
         groups[wrong.stored_as, wrong.why].append(wrong)

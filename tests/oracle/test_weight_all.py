@@ -7,9 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
+from transformers import AutoModelForCausalLM
 
+from oracle import assert_weights
 from oracle.weight_command import run_weight
+from oracle.weight_parts import FUSED
 from tests.commands import command, refused
 from tests.oracle.standin.unpack import unpack
 from tests.oracle.test_unpacking import a_model
@@ -59,6 +64,67 @@ def test_what_differs_is_told_by_its_cause(model: Checkpoint, tmp_path: Path, ca
     assert "not in MODEL: 1, 'extra'" in said
     assert "not in the file: 1, first model.layers.1.input_layernorm.weight" in said
     assert said.endswith(f"4 differ, 1 missing; {count - 3} the same values")
+
+
+def as_engines_have_them(model: Checkpoint, gate_up: str, down: str) -> dict[str, np.ndarray]:
+    """q, k and v one below the other, gate and up too; of experts all in one, called so."""
+    found = loaded(model)
+    for name in list(found):
+        for fused, parts in FUSED.items():
+            if parts[0] in name:
+                names = [name.replace(parts[0], part) for part in parts]
+                found[name.replace(parts[0], fused)] = np.concatenate([found.pop(each) for each in names])
+    for layer in filter(model.config.is_moe, range(model.config.num_hidden_layers)):
+        start = f"model.layers.{layer}.mlp.experts."
+        experts = [[found.pop(f"{start}{e}.{part}.weight") for part in ("gate_proj", "up_proj")] for e in range(8)]
+        found[start + gate_up] = np.stack([np.concatenate(each) for each in experts])
+        found[start + down] = np.stack([found.pop(f"{start}{e}.down_proj.weight") for e in range(8)])
+    return found
+
+
+@pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("w13_weight", "w2_weight")], ids="-".join)
+def test_several_in_one(zoo, tmp_path: Path, capsys, names: tuple[str, str]) -> None:
+    checkpoint = open_checkpoint(zoo("moe"))
+    tensors = as_engines_have_them(checkpoint, *names)
+    assert len(tensors) < len(checkpoint.tensor_names) / 2
+    assert judged(zoo("moe"), tensors, tmp_path / "w.safetensors") == 0
+    assert f"0 differ, 0 missing; {len(checkpoint.tensor_names)} the same values" in capsys.readouterr().out
+    config, inner = checkpoint.config, tensors[f"model.layers.2.mlp.experts.{names[0]}"].shape[1] // 2
+    fused, stacked = "model.layers.1.self_attn.qkv_proj.weight", f"model.layers.2.mlp.experts.{names[0]}"
+    tensors[fused][config.q_width] += 1  # the first row of k
+    tensors[stacked][5, inner:] *= -1
+    tensors["model.layers.1.mlp.gate_up_proj.weight"] = np.ones((3, config.hidden_size), np.float32)
+    assert judged(zoo("moe"), tensors, tmp_path / "w.safetensors") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "model.layers.*.self_attn.k_proj.weight, layers 1" in said or "self_attn.k_proj.weight" in said
+    assert "experts.5.up_proj.weight" in said and "q_proj" not in said and "gate_proj" not in said.split("missing")[0]
+    assert f"another size: model.layers.1.mlp.gate_up_proj.weight [3, {config.hidden_size}]" in said
+
+
+def test_in_python_a_dictionary_will_do(zoo, tmp_path: Path) -> None:
+    """Of torch too, with what is no weight beside it; what is wrong is an AssertionError with the report."""
+    checkpoint = open_checkpoint(zoo("moe"))
+    tensors = {name: torch.from_numpy(x).bfloat16() for name, x in loaded(checkpoint).items()}
+    tensors |= {"mask": torch.ones(3, dtype=torch.bool), "rotary_emb.inv_freq": torch.ones(3)}
+    found = assert_weights(checkpoint, tensors)
+    assert found.same["bfloat16"] + found.same["none"] == len(checkpoint.tensor_names) and len(found.unknown) == 2
+    save_torch(tensors, tmp_path / "w.safetensors")
+    assert assert_weights(zoo("moe"), tmp_path / "w.safetensors").same == found.same
+    down = "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(AssertionError, match="transposed"):
+        assert_weights(checkpoint, tensors | {down: tensors[down].T.reshape(tensors[down].shape)})
+    with pytest.raises(AssertionError, match=f"not in the file: 1, first {down}"):
+        assert_weights(checkpoint, {name: x for name, x in tensors.items() if name != down})
+    with pytest.raises(UserError, match="tensors: no name in it is a tensor's of"):
+        assert_weights(checkpoint, {"x": np.ones(3)})
+    with pytest.raises(UserError, match="floats or integers were expected"):
+        assert_weights(checkpoint, {down: np.ones(3, bool)})
+
+
+def test_hugging_faces_own_modules_hold_them(zoo) -> None:
+    for name in ("qwen2-tied", "moe"):
+        theirs = AutoModelForCausalLM.from_pretrained(zoo(name), dtype=torch.float32)
+        assert not assert_weights(zoo(name), theirs.state_dict()).unknown
 
 
 def test_what_is_missing_is_no_success(model: Checkpoint, tmp_path: Path, capsys) -> None:
