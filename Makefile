@@ -16,7 +16,8 @@ demo: .venv/installed
 	$(BIN)/python -m oracle explain tiny $(DEMO)/engine-$(FAULT) || test $$? = 1
 
 # One thread a worker: two threads on tiny matrices wait for each other wherever another worker has a core.
-# Who has no test left takes some of another's: without that a worker waited for the other's sweeps at the end.
+# A file's tests stay together, so that its models are made and its programs loaded once; in the order of their paths, in
+# which the last ones are short: no worker waits long for the other at the end.
 # What one worker compiled the others, and the commands that they start, take from a folder that each run begins anew.
 test: export OMP_NUM_THREADS := 1
 test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(COMPILED)
@@ -24,7 +25,7 @@ test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 test: .venv/tested lint
 	rm -rf $(COMPILED)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/tested
 	$(BIN)/ruff check .
