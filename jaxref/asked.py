@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages, whole_number
+from jaxref.selection import whole_number
 from weights import EMBEDDED, Checkpoint, Config, UserError, open_checkpoint
 from weights.errors import brief
 
@@ -54,18 +54,6 @@ def read_prompt(
     if outside := [t for t in ids if not 0 <= t < size]:
         raise UserError(f"token ids {outside[:8]} are outside the vocabulary of {checkpoint.name}, 0 to {size - 1}")
     return Prompt(checkpoint, text, ids)
-
-
-def read_selection(asked: Prompt, stages: str, layers: str, positions: str | None) -> Selection:
-    """What of the model's trace is wanted. Raises `UserError`."""
-    config, count = asked.checkpoint.config, len(asked.tokens)
-    return Selection(
-        config,
-        count,
-        parse_stages(stages, config),
-        parse_layers(layers, config.num_hidden_layers),
-        parse_positions(positions, count),
-    )
 
 
 def _encode(prompt: str | None, checkpoint: Checkpoint, chat: bool) -> tuple[str, list[int]]:

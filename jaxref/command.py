@@ -73,10 +73,11 @@ def _read(options: dict[str, Any]) -> tuple[str, Job]:
     )
     as_stored = options.pop("activations", "exact") == "stored"
     wanted = {name: options.pop(name) for name in ("stages", "layers", "positions")}
-    from jaxref.asked import read_prompt, read_selection
+    from jaxref.asked import read_prompt
+    from jaxref.selection import select
 
     asked = read_prompt(**options)
-    selection = read_selection(asked, **wanted)
+    selection = select(asked.checkpoint.config, len(asked.tokens), **wanted)
     from jaxref.dump import Job
     from jaxref.precision import numerics_of
 

@@ -15,7 +15,7 @@ from jaxref.named import Named
 from jaxref.named_tree import NamedTree, Open
 from jaxref.pieces import Piece
 from jaxref.precision import numerics_of
-from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages, take_rows
+from jaxref.selection import Selection, select, take_rows
 from jaxref.stages import STAGES, Key
 from jaxref.tree import SCHEMA, stage_path
 from weights import Checkpoint, UserError, open_checkpoint
@@ -51,14 +51,7 @@ def make_tree(
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     ids = _encoded(checkpoint, prompt) if isinstance(prompt, str) else token_ids(prompt, checkpoint.config)
-    config = checkpoint.config
-    selection = Selection(
-        config,
-        len(ids),
-        parse_stages(stages, config),
-        parse_layers(layers, config.num_hidden_layers),
-        parse_positions(positions, len(ids)),
-    )
+    selection = select(checkpoint.config, len(ids), stages, layers, positions)
     if activations not in ("exact", "stored"):
         raise UserError(f"activations {activations!r} are not known; known are exact and stored")
     job = Job(

@@ -116,6 +116,19 @@ class Selection:
         return itemsize * sum(math.prod(self.shape(STAGES[name])) for _, name in self.keys())
 
 
+def select(
+    config: Config, count: int, stages: str = "all", layers: str = "all", positions: str | None = None
+) -> Selection:
+    """What people name of a run of `count` tokens. Raises `UserError` where the model has none such."""
+    return Selection(
+        config,
+        count,
+        parse_stages(stages, config),
+        parse_layers(layers, config.num_hidden_layers),
+        parse_positions(positions, count),
+    )
+
+
 def take_rows(value: np.ndarray, stage: Stage, rows: tuple[int, ...] | None, first: int = 0) -> np.ndarray:
     """The wanted query rows of a block that begins at row `first`."""
     if rows is None:

@@ -21,7 +21,7 @@ from jaxref.model import Trace, after_embedding, lm_head, query_rows
 from jaxref.pieces import join_blocks
 from jaxref.precision import Device, numerics_of
 from jaxref.reader import Reader, Warn, warn_on_stderr
-from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
+from jaxref.selection import Selection, select
 from jaxref.stages import STAGES
 from jaxref.stream import trace
 from weights import Checkpoint, Expert, Layer, UserError, open_checkpoint
@@ -123,13 +123,7 @@ class Session:
         self, count: int, *, stages: str = "all", layers: str = "all", positions: str | None = None
     ) -> Selection:
         """Stages × layers × positions of `count` tokens, as people type them. Raises `UserError`."""
-        return Selection(
-            self.config,
-            count,
-            parse_stages(stages, self.config),
-            parse_layers(layers, self.config.num_hidden_layers),
-            parse_positions(positions, count),
-        )
+        return select(self.config, count, stages, layers, positions)
 
     def close(self) -> None:
         """Give the device's memory back."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxref.aprt import read_aprt
 from jaxref.dump import Job, Report, dump
 from jaxref.precision import numerics_of
-from jaxref.selection import Selection, parse_layers, parse_positions, parse_stages
+from jaxref.selection import select
 from weights import open_checkpoint
 
 
@@ -30,14 +30,7 @@ def write_tree(
 ) -> Report:
     """Dump with options as people type them."""
     checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
-    selection = Selection(
-        config,
-        len(tokens),
-        parse_stages(stages, config),
-        parse_layers(layers, config.num_hidden_layers),
-        parse_positions(positions, len(tokens)),
-    )
+    selection = select(checkpoint.config, len(tokens), stages, layers, positions)
     job = Job(
         checkpoint,
         list(tokens),
