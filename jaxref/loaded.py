@@ -20,7 +20,6 @@ from jaxref.stage_file import SHOWN
 from jaxref.tree import MANIFEST, UNFINISHED, read_manifest
 from weights import UserError
 from weights.errors import brief, plain
-from weights.extent import Extent
 from weights.safetensors_file import MOST_AXES
 
 # Files whose place alone says of which layer they are.
@@ -50,7 +49,7 @@ class LoadedTree(NamedTree):
         if not any(found.values()):
             raise UserError(f"{folder}: holds no stage's file, like layer-0/attn_norm.bin")
         opens = {n: {name: partial(self.open, n, name, path) for name, path in found[n].items()} for n in found}
-        super().__init__(str(folder), manifest, opens)
+        super().__init__(str(folder), manifest, opens, folder)
 
     def open(self, layer: int | None, stage: str, path: Path) -> Named:
         """The tensor of a file, in the shape that the manifest gives it. Raises `UserError` for a broken one."""
@@ -85,19 +84,23 @@ def load_tree(folder: str | Path) -> NamedTree:
 def _loaded_file(path: Path) -> NamedTree:
     """The tensors of one safetensors file, called like `layer-0/attn_norm`, in their own shapes."""
     opens: dict[int | None, dict[str, Open]] = {}
-    for name, extent in open_all(path).items():
+    for name in open_all(path, wanted=lambda name: False):
         found = _NAME.fullmatch(name)
         if found is None:
             raise UserError(f"{path}: {brief(name)} is no name of a tensor")
         layer, stage = None if found[1] is None else int(found[1]), canonical(found[2])
         if stage in opens.setdefault(layer, {}):
             raise UserError(f"{path}: {brief(name)} and another name are the same stage; remove one of them")
-        opens[layer][stage] = partial(_named, name, extent)
-    return NamedTree(str(path), None, opens)
+        opens[layer][stage] = partial(_one_of, path, name)
+    return NamedTree(str(path), None, opens, path)
 
 
-def _named(name: str, extent: Extent) -> Named:
-    return Named(name, np.asarray(extent.map()), None, {})
+def _one_of(path: Path, name: str) -> Named:
+    """One tensor of a file of several; the others may be of any type."""
+    found = open_all(path, wanted=lambda each: each == name).get(name)
+    if found is None:
+        raise UserError(f"{path}: no longer holds {brief(name)}")
+    return Named(name, np.asarray(found.map()), None, {})
 
 
 def inside(folder: Path) -> list[Path]:

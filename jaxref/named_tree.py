@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxref.named import Named
@@ -49,13 +50,17 @@ class NamedTree(Mapping[str, NamedLayer | Named]):
     """A tree by the paths of `jaxref.forward`: `["layer-3"]["attn_norm"]`, `["lm_head"]`; also `["layer-3/attn_norm"]`.
 
     `place` is how messages call it; `manifest` says whose it is, and is None where its producer writes none. `stages`
-    are by layer, None for the whole model's.
+    are by layer, None for the whole model's. `path` is where it lies on the disk, if it does.
     """
 
     def __init__(
-        self, place: str, manifest: dict[str, Any] | None, stages: Mapping[int | None, Mapping[str, Open]]
+        self,
+        place: str,
+        manifest: dict[str, Any] | None,
+        stages: Mapping[int | None, Mapping[str, Open]],
+        path: Path | None = None,
     ) -> None:
-        self._place, self.manifest = place, manifest
+        self._place, self.manifest, self.path = place, manifest, path
         layers = sorted(index for index in stages if index is not None)
         self._layers = {f"layer-{n}": NamedLayer(f"{place}: layer-{n}", stages[n]) for n in layers if stages[n]}
         self._whole = NamedLayer(f"{place}: the whole model", stages.get(None, {}))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxref.loaded import FORMS, LoadedTree, inside, stated_by
+from jaxref.loaded import FORMS, inside, stated_by
 from jaxref.named_tree import NamedTree
 from jaxref.safetensors_stages import open_all
 from jaxref.stages import Key, stage_named
@@ -49,9 +49,11 @@ class Source(Protocol):
 
 def source_of(given: Given, role: str) -> Source:
     """What is given as a tree. Raises `UserError` for what is none, or holds no stage."""
-    if isinstance(given, Mapping) and not isinstance(given, LoadedTree):
+    if isinstance(given, NamedTree) and given.path is not None:
+        given = given.path  # read as it lies there, and checked while it is
+    if isinstance(given, Mapping):
         return Arrays(given, Path(f"{role} arrays"))
-    path = given.folder if isinstance(given, LoadedTree) else Path(given)
+    path = Path(given)
     if not path.exists():
         kind = "file" if path.suffix == ".safetensors" else "folder"
         raise UserError(f"{path}: no such {kind} (the {role} tree)")

@@ -132,7 +132,9 @@ def lines(found: Judged) -> Iterator[str]:
         yield f"differ: {of} in {stored}; relative L2 {worst.relative_l2:.3g} in {worst.name}"
         yield from (f"  tensors   {names}" for names in _by_layers([wrong.name for wrong in group]))
         yield f"  because   {why}"
-    yield from (f"another size: {misfit}" for misfit in found.misfits)
+    yield from (f"another size: {misfit}" for misfit in found.misfits[:SHOWN])
+    if len(found.misfits) > SHOWN:
+        yield f"another size: {len(found.misfits) - SHOWN} more"
     if found.unknown:
         yield f"not in MODEL: {len(found.unknown)}, {listed(map(brief, found.unknown[:SHOWN]))}"
     if found.missing:

@@ -89,7 +89,7 @@ def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, in
 
 def _values(path: Path, name: str, asked: str) -> Extent | np.ndarray:
     """The values of a file of one tensor, or of the one that is called so in a safetensors file of several."""
-    if path.suffix == ".safetensors" and len(several := open_all(path)) > 1:
+    if path.suffix == ".safetensors" and len(several := open_all(path, wanted={asked, name}.__contains__)) > 1:
         found = next((several[each] for each in (asked, name) if each in several), None)
         if found is None:
             near = get_close_matches(name, several, 1, 0) or [""]

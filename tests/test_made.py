@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import jaxref
 import jaxref.model
@@ -96,6 +97,9 @@ def test_and_so_does_a_loaded_one(zoo, tmp_path: Path) -> None:
     half = jaxref.make_tree(zoo("qwen2"), TOKENS, "bfloat16")
     result = assert_parity(loaded, half, hf=half)
     assert result.trees["reference"].folder == tmp_path / "tree"
+    save_file({name: np.asarray(one) for name, one in tensors(half).items()}, tmp_path / "half.safetensors")
+    result = assert_parity(loaded, jaxref.load_tree(tmp_path / "half.safetensors"), hf=half)
+    assert result.trees["test"].folder == tmp_path / "half.safetensors"
 
 
 def test_a_session_makes_it_from_what_it_holds(zoo, tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ def test_several_in_one(zoo, tmp_path: Path, capsys, names: tuple[str, str]) -> 
     assert "model.layers.*.self_attn.k_proj.weight, layers 1" in said or "self_attn.k_proj.weight" in said
     assert "experts.5.up_proj.weight" in said and "q_proj" not in said and "gate_proj" not in said.split("missing")[0]
     assert f"another size: model.layers.1.mlp.gate_up_proj.weight [3, {config.hidden_size}]" in said
+    tensors = {name: x[:, :-1] if name.endswith(names) else x for name, x in tensors.items()}
+    assert judged(zoo("moe"), tensors, tmp_path / "w.safetensors") == 1
+    said = capsys.readouterr().out
+    wrong = 2 * 8 * sum(map(config.is_moe, range(config.num_hidden_layers))) + 1
+    assert said.count("another size: ") == 9 and f"another size: {wrong - 8} more" in said
 
 
 def test_in_python_a_dictionary_will_do(zoo, tmp_path: Path) -> None:
