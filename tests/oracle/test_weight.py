@@ -165,6 +165,8 @@ def test_one_of_several_is_found_by_its_name(model: Checkpoint, tmp_path: Path) 
     assert asked("tiny", DOWN, tmp_path / "all.safetensors") == 1
     save_file({"blk.2.attn_q.weight": several[Q_PROJ], "x": several[DOWN]}, tmp_path / "two.safetensors")
     assert asked("tiny", "blk.2.attn_q.weight", tmp_path / "two.safetensors") == 0
+    save_file(several | {"mask": np.ones(3, bool)}, tmp_path / "mask.safetensors")
+    assert asked("tiny", Q_PROJ, tmp_path / "mask.safetensors") == 0
     with pytest.raises(UserError, match=r"none of its 2 tensors is called model\.layers\.2\.mlp\.down_proj"):
         asked("tiny", DOWN, tmp_path / "two.safetensors")
     np.save(tmp_path / "q.npy", several[Q_PROJ].astype(np.float32))
