@@ -15,7 +15,8 @@ from jaxref.aprt import open_aprt
 from jaxref.named import Named
 from jaxref.named_tree import NamedTree, Open, canonical
 from jaxref.npy import open_npy
-from jaxref.safetensors_stages import open_all, open_safetensors
+from jaxref.one_file import ONE_FILE, open_one_file
+from jaxref.safetensors_stages import open_safetensors
 from jaxref.stage_file import SHOWN
 from jaxref.tree import MANIFEST, UNFINISHED, read_manifest
 from weights import UserError
@@ -69,7 +70,8 @@ class LoadedTree(NamedTree):
 
 
 def load_tree(folder: str | Path) -> NamedTree:
-    """Open a dumped tree of any producer, a folder or one `.safetensors` file; tensors are mapped when asked for.
+    """Open a dumped tree of any producer, a folder or one `.safetensors` or `.npz` file; tensors are mapped
+    when asked for.
 
     A tensor whose file is written later shows the new values or a mixture, and one whose file is cut ends the process
     (SIGBUS), as with any map. Of a tree that its engine may write again, keep copies: `np.array(tree["lm_head"])`. A
@@ -78,13 +80,13 @@ def load_tree(folder: str | Path) -> NamedTree:
     what is.
     """
     path = Path(folder)
-    return _loaded_file(path) if path.suffix == ".safetensors" and path.is_file() else LoadedTree(path)
+    return _loaded_file(path) if path.suffix in ONE_FILE and path.is_file() else LoadedTree(path)
 
 
 def _loaded_file(path: Path) -> NamedTree:
-    """The tensors of one safetensors file, called like `layer-0/attn_norm`, in their own shapes."""
+    """The tensors of one file, called like `layer-0/attn_norm`, in their own shapes."""
     opens: dict[int | None, dict[str, Open]] = {}
-    for name in open_all(path, wanted=lambda name: False):
+    for name in open_one_file(path, wanted=lambda name: False):
         found = _NAME.fullmatch(name)
         if found is None:
             raise UserError(f"{path}: {brief(name)} is no name of a tensor")
@@ -97,7 +99,7 @@ def _loaded_file(path: Path) -> NamedTree:
 
 def _one_of(path: Path, name: str) -> Named:
     """One tensor of a file of several; the others may be of any type."""
-    found = open_all(path, wanted=lambda each: each == name).get(name)
+    found = open_one_file(path, wanted=lambda each: each == name).get(name)
     if found is None:
         raise UserError(f"{path}: no longer holds {brief(name)}")
     return Named(name, np.asarray(found.map()), None, {})
@@ -135,7 +137,9 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
     if not stat.S_ISDIR(mode):
-        raise UserError(f"{folder}: is a file, and a tree is a folder, or one .safetensors file of all tensors")
+        raise UserError(
+            f"{folder}: is a file, and a tree is a folder, or one {' or '.join(ONE_FILE)} file of all tensors"
+        )
 
 
 def _layer_folders(folder: Path) -> list[tuple[int, Path]]:

@@ -6,6 +6,7 @@ import io
 import math
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -17,7 +18,7 @@ from weights.safetensors_file import DTYPES, MOST_AXES, WHOLE
 from weights.watched import Version, begun
 
 _KNOWN = {*DTYPES.values(), *WHOLE.values()}
-_BEGIN = 1 << 14  # bytes; the package reads no longer header
+LONGEST_HEADER = 1 << 14  # bytes; the package reads no longer one
 
 
 def open_npy(path: Path, version: Version | None = None) -> Extent:
@@ -26,7 +27,19 @@ def open_npy(path: Path, version: Version | None = None) -> Extent:
     Raises `UserError` where the file is missing, no such file, holds no plain numbers row by row, is longer or shorter
     than its header says, or is no longer of `version`; and at each reading where it has changed.
     """
-    file, head = begun(path, version, _BEGIN)
+    file, head = begun(path, version, LONGEST_HEADER)
+    start, dtype, shape = read_header(path, head)
+    size, wanted = file.version.size, start + math.prod(shape) * dtype.itemsize
+    if size != wanted:
+        raise UserError(f"{path}: {size} bytes, but its header says {list(shape)} {dtype}, that is {wanted}")
+    return Extent(file, start, dtype, shape or (1,))
+
+
+def read_header(path: Path, head: bytes) -> tuple[int, np.dtype[Any], tuple[int, ...]]:
+    """Where the numbers of a `.npy` begin, their dtype and their shape, by its first bytes; `path` is for messages.
+
+    Raises `UserError` where it is none, or holds no plain numbers row by row.
+    """
     try:
         text = io.BytesIO(head)
         if (written := npy.read_magic(text)) not in ((1, 0), (2, 0)):
@@ -41,7 +54,4 @@ def open_npy(path: Path, version: Version | None = None) -> Extent:
         raise UserError(f"{path}: lies column by column; save np.ascontiguousarray of it")
     if 0 in shape or len(shape) > MOST_AXES or not all(type(size) is int and size > 0 for size in shape):
         raise UserError(f"{path}: has shape {brief(list(shape))}: no values, or too many axes")
-    size, wanted = file.version.size, text.tell() + math.prod(shape) * dtype.itemsize
-    if size != wanted:
-        raise UserError(f"{path}: {size} bytes, but its header says {list(shape)} {dtype}, that is {wanted}")
-    return Extent(file, text.tell(), np.dtype(dtype), shape or (1,))
+    return text.tell(), np.dtype(dtype), shape

@@ -59,7 +59,7 @@ def main() -> None:
 def compare(as_json: bool, junit: Path | None, html: Path | None, **options: Any) -> int:
     """Compare the tree TEST with the tree REFERENCE, stage by stage.
 
-    A tree is a folder of .bin (APRT), .npy or .safetensors files, or one .safetensors file with names like
+    A tree is a folder of .bin (APRT), .npy or .safetensors files, or one .safetensors or .npz file with names like
     layer-0/attn_norm; REFERENCE needs the manifest of a dump.
 
     Exit 0: all agree. 1: something diverges. 2: wrong use, or stages are missing.
@@ -114,7 +114,7 @@ def localize(**options: Any) -> int:
     """Find every stage that ENGINE_TREE computes wrongly from its own inputs, whatever it inherited.
 
     MODEL is the checkpoint that the engine ran, ENGINE_TREE a folder of .bin (APRT), .npy or .safetensors files, or one
-    .safetensors file with names like layer-0/attn_norm.
+    .safetensors or .npz file with names like layer-0/attn_norm.
 
     Exit 0: clean. 1: faulty. 2: wrong use, or stages cannot be replayed.
     """
@@ -163,7 +163,8 @@ def weight(
     """Compare one TENSOR of MODEL with what an engine unpacked of it, and say how it was misread.
 
     TENSOR is its name in Hugging Face's or in GGUF's spelling, ENGINE_FILE its values [out, in] as .bin (APRT), .npy or
-    .safetensors; in a .safetensors file of several it has that name. TENSOR may be `all`: each that such a file has.
+    .safetensors; in a .safetensors or .npz file of several it has that name. TENSOR may be `all`: each that such a file
+    has.
 
     Exit 0: the same, or rounded. 1: it differs. 2: wrong use, or of `all` some are missing.
     """

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxref.loaded import FORMS, inside
+from jaxref.one_file import ONE_FILE
 from jaxref.stages import ALIASES, STAGES, Key, stage_named
 from oracle.tensor_file import LAYER_FOLDER, READABLE
 from weights import UserError
@@ -39,6 +40,9 @@ def seems(folder: Path) -> str:
         return f"; {plain(trees[0].name)} in it looks like a tree"
     if (folder / "config.json").exists():
         return "; it looks like a model, and `python -m jaxref dump` makes a tree of one"
+    alone = [path.name for path in there if path.suffix in ONE_FILE and not _is_stage(path.stem)]
+    if alone and not any(map(meant, alone)):
+        return f"; if {plain(alone[0])} holds all tensors, give the file and not its folder"
     files = there + [below for path in there if LAYER_FOLDER.fullmatch(path.name) for below in _quietly(path)]
     if others := sorted({path.suffix for path in files} & set(_FOREIGN)):
         return f"; it holds {', '.join(others)}, and {READABLE}"

@@ -1,4 +1,4 @@
-"""Where the tensors of a tree lie: a folder of files, one safetensors file of them all, or arrays in memory."""
+"""Where the tensors of a tree lie: a folder of files, one file of them all, or arrays in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxref.loaded import FORMS, inside, stated_by
 from jaxref.named_tree import NamedTree
-from jaxref.safetensors_stages import open_all
+from jaxref.one_file import ONE_FILE, open_one_file
 from jaxref.stages import Key, stage_named
 from jaxref.tree import MANIFEST, UNFINISHED, stage_path
 from oracle.seems import holds_stages, meant, seems
@@ -25,9 +25,12 @@ from weights.extent import Extent
 from weights.safetensors_file import DTYPES, WHOLE
 from weights.watched import Version
 
-Given = str | Path | Mapping[str, Any]  # a folder, a .safetensors file, arrays by name, a tree of jaxref's
+Given = str | Path | Mapping[str, Any]  # a folder, one file of all, arrays by name, a tree of jaxref's
 _NAME = re.compile(r"(?:layer-([0-9]{1,9})/)?([^/]+)")
-_PACKED = (".zip", ".gz", ".tgz", ".tar", ".zst", ".xz", ".bz2", ".7z")
+_ADVICE = {
+    (".zip", ".gz", ".tgz", ".tar", ".zst", ".xz", ".bz2", ".7z"): "unpack it and give the folder",
+    (".pt", ".pth", ".pkl", ".ckpt"): "save the dictionary with safetensors.torch.save_file",
+}
 _NUMBERS = {*DTYPES.values(), *WHOLE.values()}
 
 
@@ -55,15 +58,14 @@ def source_of(given: Given, role: str) -> Source:
         return Arrays(given, Path(f"{role} arrays"))
     path = Path(given)
     if not path.exists():
-        kind = "file" if path.suffix == ".safetensors" else "folder"
+        kind = "file" if path.suffix in ONE_FILE else "folder"
         raise UserError(f"{path}: no such {kind} (the {role} tree)")
     if path.is_dir():
         return Folder(path)
-    if path.suffix == ".safetensors":
+    if path.suffix in ONE_FILE:
         return OneFile(path)
-    packed = path.suffix in _PACKED
-    advice = "unpack it and give the folder" if packed else "`oracle diff` compares files"
-    words = "a folder, or one .safetensors file with names like layer-0/attn_norm"
+    advice = next((words for kinds, words in _ADVICE.items() if path.suffix in kinds), "`oracle diff` compares files")
+    words = f"a folder, or one {' or '.join(ONE_FILE)} file with names like layer-0/attn_norm"
     raise UserError(f"{path}: is a file, and the {role} tree is {words}; {advice}")
 
 
@@ -155,10 +157,10 @@ class Named:
 
 
 class OneFile(Named):
-    """All tensors in one safetensors file, as `safetensors.torch.save_file` writes a dictionary of them."""
+    """All tensors in one file, as `safetensors.torch.save_file` or `numpy.savez` writes a dictionary of them."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(open_all(path, wanted=lambda name: _key_of(name) is not None), path)
+        super().__init__(open_one_file(path, wanted=lambda name: _key_of(name) is not None), path)
 
 
 class Arrays(Named):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxref.safetensors_stages import open_all
+from jaxref.one_file import open_one_file
 from oracle.comparer import compare
 from oracle.report import as_text
 from oracle.result import Result
@@ -59,7 +59,7 @@ def assert_weights(model: str | Path | Checkpoint, tensors: str | Path | Mapping
     """Compare what an engine holds with the checkpoint, as `python -m oracle weight MODEL all FILE` does.
 
     `tensors` are arrays by their names (Hugging Face's or GGUF's; of q, k and v or gate and up in one, too), NumPy's,
-    JAX's or torch's, as in a `state_dict`, or a safetensors file of them. Returns what was found. Raises
+    JAX's or torch's, as in a `state_dict`, or a safetensors or `.npz` file of them. Returns what was found. Raises
     `AssertionError` with the report where one differs by more than a rounding or one of the model's is missing, and
     `UserError` where there is nothing to compare.
     """
@@ -68,7 +68,7 @@ def assert_weights(model: str | Path | Checkpoint, tensors: str | Path | Mapping
     if isinstance(tensors, Mapping):
         found = judge_all(checkpoint, _Converted(tensors), "tensors")
     else:
-        found = judge_all(checkpoint, open_all(Path(tensors), wanted=held_names(checkpoint)), str(tensors))
+        found = judge_all(checkpoint, open_one_file(Path(tensors), wanted=held_names(checkpoint)), str(tensors))
     if found.exit_code:
         raise AssertionError("\n" + "\n".join(lines(found)))
     return found

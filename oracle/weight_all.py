@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxref.safetensors_stages import open_all
+from jaxref.one_file import open_one_file
 from jaxref.show import progress_bar
 from oracle.metrics import jsonable
 from oracle.report import WIDTH, print_wrapped
@@ -56,15 +56,13 @@ class Judged:
 
 
 def run_all(checkpoint: Checkpoint, path: Path, *, json_wanted: bool) -> int:
-    """Judge all tensors of a safetensors file and print it; the exit code. Raises `UserError` for any other file."""
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: all tensors are read from one .safetensors file, by their names")
+    """Judge all tensors of a file by their names and print it; the exit code. Raises `UserError` as `open_one_file`."""
 
     def tell_each(told: Told) -> None:
         if json_wanted:
             print(json.dumps(as_json(told), allow_nan=False))
 
-    given = open_all(path, wanted=held_names(checkpoint))
+    given = open_one_file(path, wanted=held_names(checkpoint))
     with progress_bar(len(given), quiet=json_wanted, what="tensor") as progress:
         found = judge_all(checkpoint, given, str(path), tell_each, progress)
     if json_wanted:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxref.aprt import aprt_header
-from jaxref.safetensors_stages import open_all
+from jaxref.loaded import PLACED
+from jaxref.one_file import ONE_FILE, open_one_file
 from oracle.output import check_output, whole
 from oracle.tensor_file import open_tensor
 from oracle.weight import AT_ONCE, Held, matrix_shape, rows_of, tensor_named
@@ -88,13 +89,15 @@ def open_held(checkpoint: Checkpoint, name: str, path: Path, rows: tuple[int, in
 
 
 def _values(path: Path, name: str, asked: str) -> Extent | np.ndarray:
-    """The values of a file of one tensor, or of the one that is called so in a safetensors file of several."""
-    if path.suffix == ".safetensors" and len(several := open_all(path, wanted={asked, name}.__contains__)) > 1:
-        found = next((several[each] for each in (asked, name) if each in several), None)
-        if found is None:
-            near = get_close_matches(name, several, 1, 0) or [""]
-            raise UserError(f"{path}: none of its {len(several)} tensors is called {name}; there is {brief(near[0])}")
-        return found.reshape(found.size)
+    """The values of a file of one tensor, or of the one that is called so in a file of several."""
+    if path.suffix in ONE_FILE:
+        several = open_one_file(path, wanted={asked, name}.__contains__)
+        if len(several) > 1 or path.suffix not in PLACED:
+            found = next((several[each] for each in (asked, name) if each in several), None)
+            if found is None:
+                near = brief((get_close_matches(name, several, 1, 0) or [""])[0])
+                raise UserError(f"{path}: none of its {len(several)} tensors is called {name}; there is {near}")
+            return found.reshape(found.size)
     layer, file = open_tensor(path)
     if layer is not None and layer != layer_of(name):
         raise UserError(f"{path}: its header says layer {layer}, and {name} is another's")

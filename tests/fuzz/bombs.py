@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,6 +183,38 @@ def npy_bombs() -> dict[str, bytes]:
     }
 
 
+def _npz(compression: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return file.getvalue()
+
+
+def npz_bombs() -> dict[str, bytes]:
+    """Zips that are none, that grow as they are read, or whose members lie where others do."""
+    of = "{'descr': '<f4', 'fortran_order': False, 'shape': (%d,)}"
+    whole, large = _npy(of % 2, bytes(8)), _npy(of % (1 << 22), bytes(4 << 22))
+    two = _npz(a=whole, b=whole)
+    start = two.index(b"PK\x01\x02")  # of the list of members at the end, in which the second one is moved
+    second = two.index(b"PK\x01\x02", start + 1)
+    return {
+        "empty": b"",
+        "mark": b"PK\x03\x04",
+        "end": b"PK\x05\x06" + b"\xff" * 18,
+        "end-of-zip64": b"PK\x06\x06" + b"\xff" * 52 + b"PK\x06\x07" + bytes(16) + b"PK\x05\x06" + b"\xff" * 18,
+        "compressed": _npz(zipfile.ZIP_DEFLATED, a=large),
+        "one-short": _npz(a=whole[:-1]),
+        "one-long": _npz(a=whole + b"x"),
+        "claims-much": _npz(a=_npy(of % (1 << 60), bytes(8))),
+        "object": _npz(a=_npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b"cos\nsystem\n(S'true'\ntR.")),
+        "same-place": two[: second + 42] + bytes(4) + two[second + 46 :],
+        "nowhere": two[: second + 42] + b"\xfe\xff\xff\xff" + two[second + 46 :],
+        "larger-than-the-file": two[: start + 20] + struct.pack("<II", 1 << 31, 1 << 31) + two[start + 28 :],
+        "other-name": two.replace(b"b.npy", b"c.npy", 1),
+    }
+
+
 def bombs(world: World) -> Iterator[tuple[str, str, bytes]]:
     """(target, what, input)."""
     of_json = json_bombs()
@@ -188,6 +222,7 @@ def bombs(world: World) -> Iterator[tuple[str, str, bytes]]:
         "aprt": aprt_bombs(),
         "safetensors": safetensors_bombs(),
         "npy": npy_bombs(),
+        "npz": npz_bombs(),
         "gguf": gguf_bombs(),
         "index": of_json,
         "config": of_json | config_bombs(world),

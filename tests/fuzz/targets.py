@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import safe_open
 
 from jaxref.aprt import HEADER, aprt_header, read_aprt
+from jaxref.npz import open_npz
 from jaxref.safetensors_stages import open_all
 from oracle.tensor_file import open_tensor
 from tests.fuzz.grammars import GRAMMARS
@@ -75,6 +77,27 @@ def npy(world: World, data: bytes) -> None:
     theirs = np.load(path, allow_pickle=False)
     assert layer == 3 and one.values[:].dtype == theirs.dtype
     assert one.values[:].tobytes() == theirs.tobytes() and theirs.nbytes < len(data)
+
+
+def npz(world: World, data: bytes) -> None:
+    found = open_npz(path := world.file("npz/trace.npz", data))
+    with np.load(path, allow_pickle=False) as theirs:
+        assert found.keys() == {name for name in theirs.files if not name.endswith("/")}
+        for name, values in found.items():
+            assert values.size * values.dtype.itemsize < len(data)
+            try:
+                one = np.atleast_1d(theirs[name])
+            except BadZipFile:  # of its checksum, which is theirs alone to look at
+                continue
+            assert (values.dtype, values.shape) == (one.dtype, one.shape), name
+            assert np.asarray(values).tobytes() == one.tobytes(), name
+
+
+def _zipped(*contents: dict[str, np.ndarray]) -> list[bytes]:
+    files = [BytesIO() for _ in contents]
+    for file, arrays in zip(files, contents, strict=True):
+        np.savez(file, **arrays)
+    return [file.getvalue() for file in files]
 
 
 def _saved(*arrays: np.ndarray) -> list[bytes]:
@@ -170,6 +193,15 @@ _TARGETS = (
         "npy",
         npy,
         lambda world: _saved(np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4), np.float16([1, np.nan])),
+        mutate_bytes,
+    ),
+    Target(
+        "npz",
+        npz,
+        lambda world: _zipped(
+            {"layer-0/attn_norm": np.arange(6, dtype=np.float32).reshape(2, 3), "lm_head": np.arange(4)},
+            {"größe": np.float16([1, np.nan])},
+        ),
         mutate_bytes,
     ),
     Target("index", index, _files(f"sharded/{INDEX}"), mutate_json),

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from jaxref.aprt import read_aprt
 from jaxref.loaded import load_tree
+from jaxref.npz import open_npz
 from jaxref.selection import parse_layers, parse_positions
 from jaxref.tree import read_manifest
 from oracle.comparer import compare
@@ -55,6 +56,7 @@ PLACES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "loaded": ("tree/layer-0/attn_norm.bin", lambda root: repr(load_tree(root / "tree")["layer-0"])),
     "compared": ("tree/layer-0/attn_norm.bin", lambda root: compare(root / "reference", root / "tree")),
     "safetensors": ("s/layer-0/lm_head.safetensors", lambda root: open_tensor(root / "s/layer-0/lm_head.safetensors")),
+    "npz": ("s/trace.npz", lambda root: open_npz(root / "s/trace.npz")),
     "gguf": ("m/x.gguf", lambda root: GgufFile(root / "m" / "x.gguf")),
 }
 

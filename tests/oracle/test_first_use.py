@@ -196,6 +196,9 @@ def test_folders_and_files_that_are_no_tree(zoo, trees, tmp_path) -> None:
     (tmp_path / "npz" / "layer-0").mkdir(parents=True)
     np.savez(tmp_path / "npz" / "layer-0" / "attn_norm.npz", np.zeros(3))
     (tmp_path / "trace.zip").touch()
+    (tmp_path / "trace.pt").touch()
+    (tmp_path / "alone").mkdir()
+    np.savez(tmp_path / "alone" / "trace.npz", np.zeros(3))
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "Layer3_moe_expert_out.bin").touch()
     (tmp_path / "end").mkdir()
@@ -205,6 +208,9 @@ def test_folders_and_files_that_are_no_tree(zoo, trees, tmp_path) -> None:
         (tmp_path / "flat", "seems to be moe_expert_out of layer 3, which is read at layer-3/moe_expert_out.bin"),
         (tmp_path / "npz", "it holds .npz, and .bin (APRT, see docs/engines.md), .npy and .safetensors are read"),
         (tmp_path / "trace.zip", "unpack it and give the folder"),
+        (tmp_path / "trace.pt", "save the dictionary with safetensors.torch.save_file"),
+        (tmp_path / "alone", "if trace.npz holds all tensors, give the file and not its folder"),
+        (tmp_path / "alone" / "trace.npz", "holds no stage's tensor (called like layer-0/attn_norm)"),
         (zoo("qwen2"), "it looks like a model"),
         (trees, "in it looks like a tree"),
     ):

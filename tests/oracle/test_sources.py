@@ -1,4 +1,4 @@
-"""A tree may be a folder of APRT, .npy or safetensors files, one safetensors file of all, or arrays in memory."""
+"""A tree may be a folder of APRT, .npy or safetensors files, one file of all, or arrays in memory."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def root(zoo, engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(folder / "npy" / f"{name}.npy", x)
         save_file({"x": x}, folder / "st" / f"{name}.safetensors")
     save_file(engine, folder / "one.safetensors")
+    np.savez(folder / "one.npz", **engine)
     save_torch({name: torch.from_numpy(x) for name, x in engine.items()}, folder / "torch.safetensors")
     return folder
 
@@ -57,7 +58,7 @@ def given(root: Path, engine: dict, form: str) -> object:
     return {"arrays": engine, "by layer": by_layer}.get(form, root / form)
 
 
-FORMS = ["npy", "one.safetensors", "torch.safetensors", "arrays", "by layer"]
+FORMS = ["npy", "one.safetensors", "one.npz", "torch.safetensors", "arrays", "by layer"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -170,7 +171,7 @@ def test_what_is_no_tree_is_one_line(root: Path, arrays: dict, words: str) -> No
 
 def test_other_files_are_one_line(zoo, root: Path, tmp_path: Path) -> None:
     (tmp_path / "trace.pt").write_bytes(b"PK\x03\x04")
-    assert "one .safetensors file with names like" in refused(
+    assert "one .safetensors or .npz file with names like" in refused(
         "compare", root / "truth", tmp_path / "trace.pt", module="oracle"
     )
     assert "it looks like a model" in refused(

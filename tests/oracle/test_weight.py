@@ -171,6 +171,11 @@ def test_one_of_several_is_found_by_its_name(model: Checkpoint, tmp_path: Path) 
         asked("tiny", DOWN, tmp_path / "two.safetensors")
     np.save(tmp_path / "q.npy", several[Q_PROJ].astype(np.float32))
     assert asked("tiny", Q_PROJ, tmp_path / "q.npy") == 0
+    np.savez(tmp_path / "q.npz", **{Q_PROJ: several[Q_PROJ].astype(np.float32)})
+    assert asked("tiny", Q_PROJ, tmp_path / "q.npz") == 0
+    np.savez(tmp_path / "q.npz", several[Q_PROJ].astype(np.float32))
+    with pytest.raises(UserError, match=r"none of its 1 tensors is called .*; there is 'arr_0'"):
+        asked("tiny", Q_PROJ, tmp_path / "q.npz")
 
 
 def test_a_gguf_is_asked_by_its_own_names(tmp_path: Path, capsys) -> None:

@@ -181,7 +181,7 @@ def test_what_cannot_be_is_one_line(model: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "w.bin").touch()
     for words, more in (
         ("no name in it is a tensor's of", [tmp_path / "a.safetensors"]),
-        ("one .safetensors file", [tmp_path / "w.bin"]),
+        ("one file, .safetensors or .npz", [tmp_path / "w.bin"]),
         ("nothing to do", []),
     ):
         assert words in refused("weight", "tiny", "all", *more, module="oracle")
