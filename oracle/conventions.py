@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from jaxref.stages import STAGES
+from oracle.module_names import HIDDEN
 from oracle.same import SAME_MODEL
 from oracle.trees import Tree, path_of
 from oracle.verdict import coarser_of
@@ -15,7 +16,7 @@ from weights.errors import listed
 SCRIPT_LACKS = "post_attn_residual"
 # Which model a stage speaks for, where the model that is asked about has no such stage.
 _MARKS = ((("moe_",), "qwen3_moe"), (("qkv_bias",), "qwen2"), (("q_norm", "k_norm"), "qwen3"), (("ffn_",), "qwen3"))
-_HIDDEN = ("embedding", "attn_norm", "post_attn_residual", "ffn_norm", "post_ffn_residual")
+_STREAM = ("embedding", "attn_norm", "post_attn_residual", "ffn_norm", "post_ffn_residual")
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ def recognise(tree: Tree) -> Convention | None:
     """The convention of a tree without a manifest; None for a tree that says what it holds.
 
     An engine knows the canonical stages alone. The Hugging Face script of `apr` also has no post_attn_residual in any
-    layer, and leaves q and k head-major.
+    layer, and leaves q and k head-major. Hooks on modules see what these give, and nothing between them.
     """
     if tree.manifest is not None:
         return None
+    if tree.by_module:
+        return Convention("what modules give", HIDDEN)
     present = {stage for _, stage in tree.files}
     extensions = frozenset(name for name, stage in STAGES.items() if not stage.canonical)
     if present & extensions:
@@ -99,7 +102,7 @@ def check_positions(tree: Tree, dims: Mapping[str, int]) -> None:
 def _rows(tree: Tree, width: int) -> Iterator[tuple[str, int]]:
     """How many rows the hidden states have, where their size fits the width."""
     for key in tree.files:
-        if key[1] in _HIDDEN:
+        if key[1] in _STREAM:
             rows, rest = divmod(tree.open(key).values.size, width)
             if rows and not rest:
                 yield path_of(key), rows

@@ -17,6 +17,7 @@ from jaxref.named_tree import NamedTree
 from jaxref.one_file import ONE_FILE, open_one_file
 from jaxref.stages import Key, stage_named
 from jaxref.tree import MANIFEST, UNFINISHED, stage_path
+from oracle.module_names import gives_stage, is_module, stages_of_modules
 from oracle.seems import holds_stages, meant, seems
 from oracle.tensor_file import LAYER_FOLDER, TensorFile, open_tensor
 from weights import UserError
@@ -37,10 +38,12 @@ _NUMBERS = {*DTYPES.values(), *WHOLE.values()}
 class Source(Protocol):
     """The tensors of one tree, and its manifest if it has one.
 
-    `folder` is how messages call it, `files` where each stage lies, for messages too.
+    `folder` is how messages call it, `files` where each stage lies, for messages too. `by_module`: the tensors are
+    called as the modules that gave them.
     """
 
     folder: Path
+    by_module: bool
     manifest: dict[str, Any] | None
     files: dict[Key, Path]
     unknown: list[str]
@@ -71,6 +74,8 @@ def source_of(given: Given, role: str) -> Source:
 
 class Folder:
     """A folder with a file for each tensor, as `dump` and the engines write it."""
+
+    by_module = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,28 +136,45 @@ class Folder:
 
 
 class Named:
-    """Tensors that are known by names like `layer-0/attn_norm` and `lm_head`; of the others the names alone count."""
+    """Tensors that are known by names like `layer-0/attn_norm` and `lm_head`, or those of the modules that gave them.
+
+    Of all others the names alone count.
+    """
 
     def __init__(self, tensors: Mapping[str, Any], folder: Path, manifest: dict[str, Any] | None = None) -> None:
         self.folder, self.manifest, self.unknown = folder, manifest, list[str]()
         self.files: dict[Key, Path] = {}
-        self._tensors: dict[Key, Extent | np.ndarray] = {}
+        self._parts: dict[Key, list[Extent | np.ndarray]] = {}
+        modules = stages_of_modules(tensors, folder)
+        self.by_module = bool(modules)
         for name, values in tensors.items():
             key = _key_of(name)
-            if key is None:
-                self.unknown.append(plain(name))
-                continue
-            if key in self.files:
+            if key is not None and key in self.files:
                 raise UserError(f"{folder}: {brief(name)} and another name are the same stage of {_where(key)}")
-            self.files[key] = folder / name
-            self._tensors[key] = values if isinstance(values, Extent) else array_of(values, folder / name)
+            if key is not None:
+                self._take(key, {name: values})
+            elif not (modules and is_module(name.partition("/")[0])):
+                self.unknown.append(plain(name))
+        for key, names in modules.items():
+            if key not in self.files:
+                self._take(key, {name: tensors[name] for name in names})
         if not self.files:
             words = "holds no stage's tensor (called like layer-0/attn_norm), so there is nothing to compare"
             raise UserError(f"{folder}: {words}{_hint(list(tensors))}")
 
+    def _take(self, key: Key, parts: Mapping[str, Any]) -> None:
+        self.files[key] = self.folder / next(iter(parts))
+        self._parts[key] = [x if isinstance(x, Extent) else array_of(x, self.folder / n) for n, x in parts.items()]
+
     def open(self, key: Key) -> TensorFile:
-        """The tensor of a stage."""
-        values = self._tensors[key]
+        """The tensor of a stage; of several modules side by side. Raises `UserError` where these have other rows."""
+        values = self._parts[key][0]
+        if len(self._parts[key]) > 1:
+            rows = [np.asarray(part).reshape(-1, (part.shape or (1,))[-1]) for part in self._parts[key]]
+            if len({len(each) for each in rows}) > 1:
+                shapes = " and ".join(str(list(part.shape)) for part in self._parts[key])
+                raise UserError(f"{self.files[key]}: what makes {key[1]} with it has other rows: {shapes}")
+            values = np.concatenate(rows, axis=1)
         return TensorFile(self.files[key], values.reshape(values.size))
 
 
@@ -160,7 +182,7 @@ class OneFile(Named):
     """All tensors in one file, as `safetensors.torch.save_file` or `numpy.savez` writes a dictionary of them."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(open_one_file(path, wanted=lambda name: _key_of(name) is not None), path)
+        super().__init__(open_one_file(path, wanted=lambda name: gives_stage(name) or _key_of(name) is not None), path)
 
 
 class Arrays(Named):

@@ -33,8 +33,10 @@ fn main() {
 VALUES = np.array([0, 1.5, -2, 3, 1e-40, 65504], np.float32)
 
 
-def example(language: str) -> str:
-    (code,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+def example(language: str, holds: str = "") -> str:
+    """The page's one example in a language that holds some words."""
+    found = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    (code,) = (code for code in found if holds in code)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     return code
 
@@ -68,7 +70,7 @@ def test_a_compiled_example_writes_what_the_page_says(tmp_path: Path, language: 
 
 def test_the_python_example_writes_what_the_page_says(tmp_path: Path) -> None:
     names: dict = {}
-    exec(example("python"), names)
+    exec(example("python", "save_file"), names)
     names["finish"]({"layer-3/attn_norm": VALUES.reshape(1, 6), "lm_head": VALUES}, tmp_path / "trace.safetensors")
     tree = Tree(tmp_path / "trace.safetensors", "test")
     assert tree.files.keys() == {(3, "attn_norm"), (None, "lm_head")}
