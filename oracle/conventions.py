@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from jaxref.stages import STAGES
-from oracle.module_names import HIDDEN
 from oracle.same import SAME_MODEL
 from oracle.trees import Tree, path_of
 from oracle.verdict import coarser_of
@@ -36,8 +35,8 @@ def recognise(tree: Tree) -> Convention | None:
     """
     if tree.manifest is not None:
         return None
-    if tree.by_module:
-        return Convention("what modules give", HIDDEN)
+    if tree.unseen:
+        return Convention("what modules give", tree.unseen)
     present = {stage for _, stage in tree.files}
     extensions = frozenset(name for name, stage in STAGES.items() if not stage.canonical)
     if present & extensions:

@@ -1,12 +1,14 @@
 """Tensors called as PyTorch calls the modules of Hugging Face's Qwen: what a forward hook on each of them sees.
 
-What happens between modules (RoPE, scores, the residual after attention) shows nowhere, so that it is not asked for.
+Engines shaped like vLLM (nano-vllm, SGLang) call theirs alike, with projections joined: `qkv_proj`, `gate_up_proj`.
+Their `act_fn` multiplies too, and their layers hand the residual on apart, so that what a layer gives first is no sum.
+What happens between modules (RoPE, the residual after attention) shows nowhere, so that it is not asked for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from jaxref.stages import STAGES, Key
@@ -25,6 +27,7 @@ _MODULES = {
     "self_attn.qkv_proj": "qkv",
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
+    "self_attn.attn": "attention",
     "self_attn.o_proj": "attn_out",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -35,8 +38,9 @@ _MODULES = {
     "": "post_ffn_residual",
 }
 _APART, _JOINED = {f"self_attn.{name}_proj" for name in "qkv"}, {"self_attn.qkv_proj"}
-_SHOWN = {*_MODULES.values(), *(stage for _, stage in _WHOLE.values()), "qkv_bias", "moe_ffn_out"}
-HIDDEN = frozenset(STAGES) - _SHOWN  # stages that no module gives
+_MARKS = (*_JOINED, "mlp.gate_up_proj")  # of an engine like vLLM
+_LIKE_VLLM = {**_MODULES, "mlp.act_fn": "ffn_swigl", "": ""}
+_ALWAYS = {"qkv_bias", "ffn_out", "moe_ffn_out", *(stage for _, stage in _WHOLE.values())}
 
 
 def gives_stage(name: str) -> bool:
@@ -50,8 +54,8 @@ def is_module(name: str) -> bool:
     return bool(_INNER.fullmatch(name) or _AROUND.fullmatch(name))
 
 
-def stages_of_modules(names: Collection[str], where: Path) -> dict[Key, list[str]]:
-    """The stages that modules of these names give, each with the names of its parts in their order.
+def stages_of_modules(names: Collection[str], where: Path) -> tuple[dict[Key, list[str]], frozenset[str]]:
+    """The stages that modules of these names give, each with its parts' names in order; and those that none gives.
 
     Nothing where none is a module's in a layer: `lm_head` is called so by others too. `where` they are, for messages.
     Raises `UserError` where two names are the same module.
@@ -61,29 +65,35 @@ def stages_of_modules(names: Collection[str], where: Path) -> dict[Key, list[str
     for name, place in inner.items():
         if (other := modules.setdefault(place, name)) != name:
             raise UserError(f"{where}: {brief(name)} and {brief(other)} are the same module; give one")
+    table = _LIKE_VLLM if any(module in _MARKS for _, module in modules) else _MODULES
     found: dict[Key, list[str]] = {}
     for layer in {layer for layer, _ in modules}:
-        there = {module: modules[layer, module] for module in _MODULES if (layer, module) in modules}
+        there = {module: modules[layer, module] for module in table if (layer, module) in modules}
         has_experts = any((layer, module) in modules for module in ("mlp.gate", "mlp.experts"))
-        for stage, module in _stages(there, has_experts=has_experts):
+        for stage, module in _stages(table, there, has_experts=has_experts):
             found.setdefault((layer, stage), []).append(there[module])
     if not found:
-        return {}
+        return {}, frozenset()
     around = {name.removeprefix("model."): name for name in names if name not in inner}
-    return found | {key: [around[module]] for module, key in _WHOLE.items() if module in around}
+    found |= {key: [around[module]] for module, key in _WHOLE.items() if module in around}
+    # In Hugging Face's models attention is a function; an engine like vLLM has gate and up in one.
+    elsewhere = {"attention"} if table is _MODULES else {"ffn_gate", "ffn_up"}
+    seen = _ALWAYS | (set(table.values()) - elsewhere) | {stage for _, stage in found}
+    return found, frozenset(STAGES) - seen
 
 
-def _stages(there: Collection[str], *, has_experts: bool) -> Iterator[tuple[str, str]]:
+def _stages(table: Mapping[str, str], there: Collection[str], *, has_experts: bool) -> Iterator[tuple[str, str]]:
     """The stages of one layer, each with a module that gives it or a part of it."""
     joined = _APART if set(there) >= _APART else _JOINED
     # A projection with a bias gives no sum without it. Models with norms of q and k have no biases.
     packed = "qkv_matmul" if "self_attn.q_norm" in there else "qkv_bias"
     for module in there:
-        stage = _MODULES[module]
+        stage = table[module]
         if stage == "mlp":
             if has_experts or "mlp.down_proj" not in there:
                 yield ("moe_ffn_out" if has_experts else "ffn_out"), module
-        elif stage != "qkv":
+        elif stage == "qkv":
+            if module in joined:
+                yield packed, module
+        elif stage:
             yield stage, module
-        elif module in joined:
-            yield packed, module

@@ -38,12 +38,12 @@ _NUMBERS = {*DTYPES.values(), *WHOLE.values()}
 class Source(Protocol):
     """The tensors of one tree, and its manifest if it has one.
 
-    `folder` is how messages call it, `files` where each stage lies, for messages too. `by_module`: the tensors are
-    called as the modules that gave them.
+    `folder` is how messages call it, `files` where each stage lies, for messages too. `unseen`: stages that no
+    module gives, where the tensors are called as modules are.
     """
 
     folder: Path
-    by_module: bool
+    unseen: frozenset[str]
     manifest: dict[str, Any] | None
     files: dict[Key, Path]
     unknown: list[str]
@@ -75,7 +75,7 @@ def source_of(given: Given, role: str) -> Source:
 class Folder:
     """A folder with a file for each tensor, as `dump` and the engines write it."""
 
-    by_module = False
+    unseen = frozenset[str]()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -145,8 +145,7 @@ class Named:
         self.folder, self.manifest, self.unknown = folder, manifest, list[str]()
         self.files: dict[Key, Path] = {}
         self._parts: dict[Key, list[Extent | np.ndarray]] = {}
-        modules = stages_of_modules(tensors, folder)
-        self.by_module = bool(modules)
+        modules, self.unseen = stages_of_modules(tensors, folder)
         for name, values in tensors.items():
             key = _key_of(name)
             if key is not None and key in self.files:

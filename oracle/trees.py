@@ -34,7 +34,7 @@ class Tree:
         self._source = source_of(given, role)
         self.folder, self.manifest = self._source.folder, self._source.manifest
         self.files, self.unknown = self._source.files, self._source.unknown
-        self.by_module = self._source.by_module
+        self.unseen = self._source.unseen
         self._check_positions()
         self.config = self._config()
         self.tokens = self._tokens()

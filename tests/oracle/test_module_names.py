@@ -16,7 +16,6 @@ from jaxref.stages import STAGES
 from oracle import assert_parity, compare
 from oracle.explain import explain
 from oracle.hf import load
-from oracle.module_names import HIDDEN
 from oracle.module_names import stages_of_modules as stages_in
 from oracle.report import as_text
 from oracle.told import sentence
@@ -91,7 +90,7 @@ def test_a_file_of_them(run, tmp_path: Path) -> None:
 
 
 def stages_of_modules(names: list[str]) -> dict:
-    return stages_in(names, Path("t"))
+    return stages_in(names, Path("t"))[0]
 
 
 def test_which_module_gives_which_stage() -> None:
@@ -118,7 +117,33 @@ def test_which_module_gives_which_stage() -> None:
     assert stages_of_modules([f"{layer}input_layernorm.weight", "model.norm.weight", "lm_head"]) == {}
     with pytest.raises(UserError, match=r"t: .* are the same module"):
         stages_of_modules(["layers.0", "model.layers.0"])
-    assert set(STAGES) > HIDDEN and {"q_post_rope", "post_attn_residual", "moe_router"} <= HIDDEN
+    unseen = stages_in(["layers.0"], Path("t"))[1]
+    assert {"q_post_rope", "attention", "ffn_swigl", "moe_router"} < unseen < set(STAGES)
+    assert not unseen & {"ffn_silu", "ffn_gate", "post_ffn_residual", "qkv_bias", "lm_head"}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_an_engine_like_vllm(zoo, name: str) -> None:
+    """Two projections joined, act_fn that multiplies, layers that give what their feed-forward gave."""
+    truth, seen = make_tree(zoo(name), TOKENS, "float64", positions="all"), dict[str, Any]()
+    for n in range(open_checkpoint(zoo(name)).config.num_hidden_layers):
+        layer = truth[f"layer-{n}"]
+        packed = np.asarray(layer["qkv_bias" if "qkv_bias" in layer else "qkv_matmul"])
+        norms = {f"self_attn.{x}": layer[x] for x in ("q_norm", "k_norm") if x in layer}
+        both = np.concatenate([layer["ffn_gate"], layer["ffn_up"]], axis=-1)
+        gives = {"input_layernorm": layer["attn_norm"], "self_attn.qkv_proj": packed, "self_attn": layer["attn_out"]}
+        gives |= {**norms, "self_attn.attn": layer["attention"], "self_attn.o_proj": layer["attn_out"]}
+        gives |= {"post_attention_layernorm": layer["ffn_norm"], "mlp.gate_up_proj": both, "": layer["ffn_out"]}
+        gives |= {"mlp.act_fn": layer["ffn_swigl"], "mlp.down_proj": layer["ffn_out"], "mlp": layer["ffn_out"]}
+        seen |= {f"model.layers.{n}.{module}".rstrip("."): np.float32(x) for module, x in gives.items()}
+    around = {"model.embed_tokens": truth["layer-0"]["embedding"], "model.norm": truth["final_norm"]}
+    seen |= {module: np.float32(x) for module, x in around.items()} | {"lm_head": np.float32(truth["lm_head"])}
+    result = compare(truth, seen)
+    assert result.exit_code == 0, as_text(result)
+    compared = {c.key[1] for c in result.comparisons}
+    assert {"attention", "ffn_swigl", "ffn_out"} < compared and not compared & {"ffn_silu", "post_ffn_residual"}
+    told = explain(open_checkpoint(zoo(name)), seen, TOKENS)
+    assert told.found.verdict == "clean" and not told.found.unknown, sentence(told)
 
 
 def test_stages_may_stand_beside_modules(run) -> None:
