@@ -43,12 +43,6 @@ _LIKE_VLLM = {**_MODULES, "mlp.act_fn": "ffn_swigl", "": ""}
 _ALWAYS = {"qkv_bias", "ffn_out", "moe_ffn_out", *(stage for _, stage in _WHOLE.values())}
 
 
-def gives_stage(name: str) -> bool:
-    """Whether a module of this name gives a stage, or a part of one."""
-    found = _INNER.fullmatch(name)
-    return name.removeprefix("model.") in _WHOLE if found is None else (found[2] or "") in _MODULES
-
-
 def is_module(name: str) -> bool:
     """Whether it is the name of a module in a layer or around the layers, whatever it gives."""
     return bool(_INNER.fullmatch(name) or _AROUND.fullmatch(name))

@@ -17,7 +17,7 @@ from jaxref.named_tree import NamedTree
 from jaxref.one_file import ONE_FILE, open_one_file
 from jaxref.stages import Key, stage_named
 from jaxref.tree import MANIFEST, UNFINISHED, stage_path
-from oracle.module_names import gives_stage, is_module, stages_of_modules
+from oracle.module_names import is_module, stages_of_modules
 from oracle.seems import holds_stages, meant, seems
 from oracle.tensor_file import LAYER_FOLDER, TensorFile, open_tensor
 from weights import UserError
@@ -145,7 +145,8 @@ class Named:
         self.folder, self.manifest, self.unknown = folder, manifest, list[str]()
         self.files: dict[Key, Path] = {}
         self._parts: dict[Key, list[Extent | np.ndarray]] = {}
-        modules, self.unseen = stages_of_modules(tensors, folder)
+        self.unseen = frozenset[str]()
+        modules, unseen = stages_of_modules(tensors, folder)
         for name, values in tensors.items():
             key = _key_of(name)
             if key is not None and key in self.files:
@@ -157,6 +158,7 @@ class Named:
         for key, names in modules.items():
             if key not in self.files:
                 self._take(key, {name: tensors[name] for name in names})
+                self.unseen = unseen  # where all stages have their own names, none is excused
         if not self.files:
             words = "holds no stage's tensor (called like layer-0/attn_norm), so there is nothing to compare"
             raise UserError(f"{folder}: {words}{_hint(list(tensors))}")
@@ -181,7 +183,11 @@ class OneFile(Named):
     """All tensors in one file, as `safetensors.torch.save_file` or `numpy.savez` writes a dictionary of them."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(open_one_file(path, wanted=lambda name: gives_stage(name) or _key_of(name) is not None), path)
+        names = open_one_file(path, wanted=lambda name: False)
+        version = next((values.file.version for values in names.values()), None)
+        parts = {part for parts in stages_of_modules(names, path)[0].values() for part in parts}
+        wanted = parts | {name for name in names if _key_of(name) is not None}
+        super().__init__(open_one_file(path, version, wanted.__contains__), path)
 
 
 class Arrays(Named):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from jaxref import make_tree
@@ -153,6 +154,19 @@ def test_stages_may_stand_beside_modules(run) -> None:
     result = compare(truth, own | seen)
     assert result.exit_code == 0
     assert sum(c.key[1] == "attn_softmax" for c in result.comparisons) == 3
+
+
+def test_a_stray_name_excuses_no_stage(zoo, tmp_path: Path) -> None:
+    """What is called like a module beside stages that have their own names, a cache or a mask."""
+    truth = make_tree(zoo("qwen2"), TOKENS, "float64", positions="all")
+    layers = [name for name in truth if name.startswith("layer-")]
+    own = {f"{layer}/{stage}": np.float32(x) for layer in layers for stage, x in truth[layer].items()}
+    own |= {name: np.float32(truth[name]) for name in ("final_norm", "lm_head")}
+    lost = own.pop("layer-1/q_post_rope")
+    result = compare(truth, own | {"layers.0": np.arange(3)})
+    assert result.exit_code == 2, as_text(result)
+    save_arrays(own | {"layer-1/q_post_rope": lost, "norm": np.ones(3, bool)}, tmp_path / "t.safetensors")
+    assert compare(truth, tmp_path / "t.safetensors").exit_code == 0
 
 
 def test_parts_that_do_not_fit_are_one_line(run) -> None:
